@@ -1,0 +1,1 @@
+"""Rules → source text. jinja2; never torch."""

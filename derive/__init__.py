@@ -1,0 +1,1 @@
+"""Description → sizes → rules, with proofs. sympy and networkx; never torch."""

@@ -1,0 +1,1 @@
+"""What codegen emitted, committed. Imports torch alone."""

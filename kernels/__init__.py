@@ -1,0 +1,1 @@
+"""The gated delta rule: oracle, chunked PyTorch path, Triton kernels, custom op."""

@@ -1,0 +1,1 @@
+"""Measurement against prediction: coordinate checks, transfer sweeps, tracing."""
