@@ -1,0 +1,247 @@
+"""Describe an architecture: ``g.linear(x, "attn.q_proj", out=H * K)`` and its kin, in the order one would write it.
+
+Every call checks shapes at once and blames the caller's line. A name's last part is the parameter's role; the
+whole dotted name, with the enclosing block's prefix, is the pattern its real parameters match.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sympy import Expr
+from widthwise.derive.errors import DeriveError
+from widthwise.derive.exponents import exponent
+from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Shape, as_group, shape_text
+from widthwise.derive.ops import OPS
+
+_HERE = Path(__file__).resolve()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A handle on a tensor of the graph being built."""
+
+    name: str
+    shape: Shape
+
+
+def _caller() -> str:
+    """file:line of the nearest frame outside this file."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (Path(frame.f_code.co_filename).resolve() == _HERE
+                                        or frame.f_code.co_filename.endswith("contextlib.py")):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+class Builder:
+    """Collects nodes and parameters; :meth:`build` returns the finished :class:`Graph`."""
+
+    def __init__(self, name: str, **options: object) -> None:
+        self._name = name
+        self._options = {key: str(value) for key, value in options.items()}
+        self._nodes: list[Node] = []
+        self._parameters: dict[str, Parameter] = {}
+        self._shapes: dict[str, Shape] = {}
+        self._named: list[str] = []
+        self._dims: dict[str, Dim] = {}
+        self._prefix, self._repeats = "", 1
+
+    # -- declarations -------------------------------------------------------------------------------------------
+
+    def dim(self, name: str, exponent_: int | str | Expr = 0, practical: int = 4096) -> Dim:
+        """An axis of Θ(n^exponent) entries; ``practical`` is its largest size at the widths people train."""
+        made = Dim(name, exponent(exponent_), practical)
+        if self._dims.setdefault(name, made) != made:
+            raise DeriveError(f"axis {name!r} is declared twice, differently", where=_caller(), cure="rename one")
+        return made
+
+    def input(self, name: str, *axes: Dim | Group) -> Tensor:
+        """Data of Θ(1) entries."""
+        shape = tuple(map(as_group, axes))
+        return self._apply("input", (), name=name, shape=shape)
+
+    def parameter(self, name: str, *axes: Dim | Group, random: bool = False, trainable: bool = True) -> Tensor:
+        """A trainable tensor used entrywise: a gain, a bias, a decay rate."""
+        return self._parameter(name, tuple(map(as_group, axes)), random, trainable, suffix="")
+
+    @contextmanager
+    def _block(self, prefix: str, count: int) -> Iterator[None]:
+        outer = self._prefix, self._repeats
+        self._prefix, self._repeats = f"{self._prefix}{prefix}.*.", self._repeats * count
+        try:
+            yield
+        finally:
+            self._prefix, self._repeats = outer
+
+    def repeat(self, prefix: str, count: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``count`` layers of one kind, described and solved once.
+
+        Sound because a layer's input and output are kept at one size: a residual stream or an activation that is
+        Θ(1) going in and coming out looks the same to the next layer.
+        """
+        if count < 1:
+            raise DeriveError(f"a block repeated {count} times", where=_caller(), cure="repeat it at least once")
+        with self._block(prefix, count):
+            y = layer(x)
+        if y.shape != x.shape:
+            raise DeriveError(f"a layer turns {shape_text(x.shape)} into {shape_text(y.shape)} and cannot repeat",
+                              where=_caller(), cure="end it with the shape it starts from")
+        return y
+
+    # -- ops ----------------------------------------------------------------------------------------------------
+
+    def embedding(self, name: str, vocabulary: Dim, out: Dim | Group, *, output: str | None = None) -> Tensor:
+        """A row of the table [vocabulary, out] per token."""
+        table = self._parameter(name, (as_group(vocabulary), as_group(out)))
+        return self._apply("embedding", (table,), name=output)
+
+    def linear(self, x: Tensor, name: str, out: Dim | Group, *, bias: bool = False, output: str | None = None) -> Tensor:
+        """y = W x over the last axis of x; W is [out, in]."""
+        weight = self._parameter(name, (as_group(out), x.shape[-1]))
+        y = self._apply("linear", (x, weight), name=None if bias else output)
+        if bias:
+            shift = self._parameter(f"{name}_bias", y.shape[-1:], random=False, suffix="",
+                                    pattern=f"{name}.bias")
+            y = self._apply("add", (y, shift), name=output)
+        return y
+
+    def tied_table(self, name: str) -> Tensor:
+        """A parameter declared before, to use it again (a readout tied to the embedding)."""
+        role = name.rsplit(".", 1)[-1]
+        if role not in self._parameters:
+            raise DeriveError(f"no parameter {role!r} to tie to", where=_caller(), cure="declare it first")
+        return Tensor(role, self._parameters[role].shape)
+
+    def readout(self, x: Tensor, name: str, vocabulary: Dim, *, tied_to: str | None = None,
+                output: str | None = "logits") -> Tensor:
+        """Logits = multiplier · W x. The multiplier is a rule of its own, of role ``name``; W may be a tied table."""
+        weight = (self.tied_table(tied_to) if tied_to
+                  else self._parameter(name, (as_group(vocabulary), x.shape[-1])))
+        return self._apply("linear", (x, weight), name=output, carrier=name.rsplit(".", 1)[-1])
+
+    def conv1d(self, x: Tensor, name: str, taps: Dim, *, output: str | None = None) -> Tensor:
+        """Depthwise causal convolution of a few taps; base taps U(±1/√taps), PyTorch's default, whose sum over
+        taps has rms 1/√3."""
+        weight = self._parameter(name, (*x.shape, as_group(taps)))
+        return self._apply("conv1d", (x, weight), name=output, gain=3.0**-0.5)
+
+    def add(self, *tensors: Tensor, output: str | None = None) -> Tensor:
+        """A plain sum."""
+        return self._apply("add", tensors, name=output)
+
+    def residual(self, x: Tensor, branch: Tensor, *, output: str | None = None) -> Tensor:
+        """A sum into a residual stream, which keeps a scale of Θ(1)."""
+        return self._apply("residual", (x, branch), name=output)
+
+    def scale(self, x: Tensor, power: int | str | Expr = 0, *, multiplier: str | None = None,
+              output: str | None = None) -> Tensor:
+        """x · n^power, times a multiplier of role ``multiplier`` that the engine solves for, where given."""
+        return self._apply("scale", (x,), name=output, power=exponent(power), carrier=multiplier)
+
+    def reshape(self, x: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
+        """The same axes, regrouped: ``g.reshape(q, H, K)``."""
+        return self._apply("reshape", (x,), name=output, shape=tuple(map(as_group, axes)))
+
+    def product(self, a: Tensor, b: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
+        """A product summed over every axis that ``axes`` (by default those of ``a``) leaves out."""
+        shape = tuple(map(as_group, axes)) if axes else a.shape
+        return self._apply("einsum", (a, b), name=output, shape=shape)
+
+    def contract(self, a: Tensor, b: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
+        """A product of which exactly ``axes`` remain; none of them means a scalar."""
+        return self._apply("einsum", (a, b), name=output, shape=tuple(map(as_group, axes)))
+
+    def pointwise(self, function: str, x: Tensor, *, output: str | None = None) -> Tensor:
+        """silu, gelu, relu, sigmoid, softplus, exp, tanh."""
+        return self._apply(function, (x,), name=output)
+
+    def norm(self, x: Tensor, name: str | None = None, *, kind: str = "rms_norm", eps: float = 1e-5,
+             output: str | None = None) -> Tensor:
+        """Normalize the last axis (``rms_norm``, ``layer_norm``, ``l2_norm``), with a gain called ``name`` if given;
+        a gain spans the last axis alone and is shared along the others."""
+        y = self._apply(kind, (x,), name=None if name else output, axis=x.shape[-1], eps=eps)
+        if name is None:
+            return y
+        gain = self._parameter(name, x.shape[-1:], random=False)
+        return self._apply("einsum", (y, gain), name=output, shape=x.shape)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, multiplier: str | None = "attn_scale",
+                  power: int | str | Expr = 0, output: str | None = None) -> Tensor:
+        """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit."""
+        heads = q.shape[:-1]
+        scores = self.contract(q, k, *heads)
+        probabilities = self.pointwise("softmax", self.scale(scores, power, multiplier=multiplier, output="scores"))
+        return self.contract(probabilities, v, *heads, v.shape[-1], output=output)
+
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None, strength: Tensor | None = None,
+             power: int | str | Expr = 0, output: str | None = None) -> Tensor:
+        """The gated delta rule and its kin (see ops/scan.py): o = n^power · S q, S decayed and written over time."""
+        gates = tuple(gate for gate in (decay, strength) if gate is not None)
+        return self._apply("scan", (q, k, v, *gates), name=output, power=exponent(power), decay=decay is not None,
+                           strength=strength is not None)
+
+    def cross_entropy(self, logits: Tensor) -> Tensor:
+        """The loss: mean cross-entropy over tokens."""
+        return self._apply("cross_entropy", (logits,), name="loss")
+
+    def op(self, name: str, *inputs: Tensor, output: str | None = None, **attrs: Any) -> Tensor:
+        """Any op of the registry, by name: what a user's own op is applied with."""
+        return self._apply(name, inputs, name=output, **attrs)
+
+    def build(self) -> Graph:
+        """The finished graph, checked for cycles and missing tensors.
+
+        Raises:
+            DeriveError: when it has no loss, or is not well formed.
+        """
+        graph = Graph(self._name, tuple(self._nodes), MappingProxyType(dict(self._parameters)),
+                      MappingProxyType(dict(self._shapes)), tuple(self._named), MappingProxyType(self._options))
+        if not any(node.op == "cross_entropy" for node in graph.ordered):
+            raise DeriveError(f"architecture {self._name!r} has no loss", cure="end it with Builder.cross_entropy")
+        return graph
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _parameter(self, name: str, shape: Shape, random: bool = True, trainable: bool = True, *,
+                   suffix: str = ".weight", pattern: str | None = None) -> Tensor:
+        role = name.rsplit(".", 1)[-1]
+        if role in self._shapes:
+            raise DeriveError(f"the name {role!r} is taken", where=_caller(),
+                              cure="give each parameter a role of its own, or tie them")
+        if not role.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
+            raise DeriveError(f"{name!r} is not a dotted name", where=_caller(), cure="use letters, digits and _")
+        full = f"{self._prefix}{pattern or name + suffix}"
+        self._parameters[role] = Parameter(role, shape, (full,), random, trainable, self._repeats, _caller())
+        self._shapes[role] = shape
+        return Tensor(role, shape)
+
+    def _apply(self, op: str, inputs: tuple[Tensor, ...], *, name: str | None, **attrs: Any) -> Tensor:
+        where = _caller()
+        output = name or f"{op}_{len(self._nodes)}"
+        if output in self._shapes:
+            raise DeriveError(f"the name {output!r} is taken", where=where, cure="give each tensor its own name")
+        if op not in OPS:
+            raise DeriveError(f"there is no op {op!r}", where=where, cure=f"known: {', '.join(sorted(OPS))}")
+        for tensor in inputs:
+            if self._shapes.get(tensor.name) != tensor.shape:
+                raise DeriveError(f"tensor {tensor.name!r} is not part of this description", where=where,
+                                  cure="use tensors that this builder returned")
+        try:
+            shape = OPS[op].shape([tensor.shape for tensor in inputs], attrs)
+        except DeriveError as error:
+            raise DeriveError(error.what, where=f"{op} at {where}", cure=error.cure) from None
+        self._nodes.append(Node(op, tuple(tensor.name for tensor in inputs), output, shape,
+                                MappingProxyType(dict(attrs)), where))
+        self._shapes[output] = shape
+        if name:
+            self._named.append(name)
+        return Tensor(output, shape)
+
+

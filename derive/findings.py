@@ -1,0 +1,123 @@
+"""Findings: what the sizes imply and a hand derivation would miss. One function a criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from widthwise.derive.backward import Backward
+from widthwise.derive.exponents import HALF, ZERO, at_most, show
+from widthwise.derive.forward import Forward
+from widthwise.derive.graph import atoms, extent
+from widthwise.derive.ops.norm import divisor
+from widthwise.derive.ops.pointwise import NONLINEARITIES
+from widthwise.derive.ops.structure import factor
+from widthwise.derive.ops.weights import operator_norm
+from widthwise.derive.table import Finding, Rule
+
+
+def sinking_norms(walk: Forward) -> Iterator[Finding]:
+    """A norm is scale-free only while what it divides by stays above its width-independent eps."""
+    for node in walk.graph.ordered:
+        if node.op not in ("rms_norm", "layer_norm", "l2_norm"):
+            continue
+        source = node.inputs[0]
+        maker = next((each for each in walk.graph.nodes if each.output == source), None)
+        size = divisor(node, walk.states[source].init.size)
+        carrier = maker.attrs.get("carrier") if maker is not None and maker.op == "scale" else None
+        applied = walk.knobs.value(factor(walk, maker)) if maker is not None and carrier else ZERO
+        bare = size - applied
+        if at_most(ZERO, bare):
+            continue
+        where = maker.inputs[0] if maker is not None and carrier else source
+        cured = at_most(ZERO, size)
+        message = (f"{where} has size n^{show(bare)} in front of a norm with eps {node.attrs['eps']:g}: as the width "
+                   f"grows it sinks below eps and the output dies")
+        cure = f"a multiplier n^{show(-bare)} before the norm, or its eps ∝ n^{show(2 * bare)}"
+        if cured:
+            cure += f" (applied here: {carrier} = n^{show(applied)})"
+        yield Finding("norm-eps", where, bare, message, cure)
+
+
+def loud_operators(walk: Forward) -> Iterator[Finding]:
+    """W₀·Δx obeys the operator norm of W₀, which for few outputs lies above its size at initialization."""
+    for node in walk.graph.ordered:
+        if node.op != "linear":
+            continue
+        x, weight = walk.inputs(node)
+        if x.change is None:
+            continue
+        role = node.attrs.get("carrier") or node.inputs[1]
+        shape = walk.graph.shapes[node.inputs[1]]
+        fan_in, fan_out = extent(atoms(shape[-1:])), extent(atoms(shape[:-1]))
+        multiplier = walk.knobs.value(walk.multiplier(node, node.inputs[1]))
+        excess = multiplier + weight.init.size + operator_norm(fan_in, fan_out) + x.change
+        if "absolute" in walk.demands(node.output) and not at_most(excess, ZERO):
+            yield Finding("operator-norm", role, excess,
+                          f"the contribution of {role} to {node.output} grows as n^{show(excess)} once training aligns "
+                          f"{node.inputs[0]} with the initial weight: its operator norm exceeds its incoherent size, "
+                          f"because it has fewer outputs than inputs",
+                          f"initialize {role} with std ∝ n^{show(weight.init.size - excess)}")
+
+
+def nonlinear_means(walk: Forward) -> Iterator[Finding]:
+    """A nonlinearity that is not odd leaves a mean, and a sum of products of means is coherent."""
+    for met in walk.met:
+        gap = met.partial.axis.exponent * HALF
+        node = met.node
+        practical = met.partial.crossover > met.partial.axis.practical
+        now = ("incoherent up to there (this table)" if practical and walk.assume.nonlinear_mean == "crossover"
+               else "coherent (this table)" if walk.assume.nonlinear_mean != "ignored" else "ignored (this table)")
+        yield Finding("nonlinear-coherence", node.output, gap,
+                      f"the inner product over {met.partial.axis} behind {node.output} has a mean fraction of "
+                      f"{met.partial.fraction:.3f}, left by a nonlinearity: beyond {met.partial.axis} ≈ "
+                      f"{met.partial.crossover:.0f} it is coherent and n^{show(gap)} larger; {now}",
+                      "derive with --regime asymptotic for axes longer than that")
+
+
+def off_scale_inputs(walk: Forward) -> Iterator[Finding]:
+    """A nonlinearity is felt only where its input is Θ(1)."""
+    for node in walk.graph.ordered:
+        if node.op not in NONLINEARITIES or node.op == "softmax":
+            continue
+        source = node.inputs[0]
+        size = walk.states[source].init.size
+        if not at_most(ZERO, size):
+            trained = walk.states[source].trained
+            yield Finding("vanishing-input", source, size,
+                          f"{source} is n^{show(size)} at initialization, so {node.op} starts out at its value at "
+                          f"zero; training brings it to n^{show(trained)}",
+                          "none needed where training brings it to n^0" if at_most(ZERO, trained)
+                          else f"raise what makes {source} by n^{show(-trained)}")
+
+
+def broken_bounds(walk: Forward) -> Iterator[Finding]:
+    """Knobs that were fixed by hand, or an architecture's own factors, may break a bound."""
+    for violation in walk.knobs.violations:
+        fact = violation.constraint.fact
+        if fact.because.startswith("W₀·Δx: "):
+            continue  # told by loud_operators, which names the weight
+        yield Finding("growth", fact.subject, violation.excess,
+                      f"{fact.subject} is n^{show(violation.excess)} too large: {violation.constraint.reason}",
+                      f"lower what makes it by n^{show(-violation.excess)}")
+
+
+def other_branch(here: tuple[Rule, ...], there: tuple[Rule, ...], regime: str) -> Iterator[Finding]:
+    """Rules that differ past the crossovers: both branches are derived, one is the default."""
+    for rule, other in zip(here, there, strict=True):
+        differing = [(knob, mine, theirs) for knob in ("init_std", "multiplier", "lr")
+                     if (mine := getattr(rule, knob)) != (theirs := getattr(other, knob)) and mine is not None]
+        for knob, mine, theirs in differing:
+            yield Finding("crossover", rule.role, theirs - mine,
+                          f"{knob} of {rule.role} is n^{show(mine)} here and n^{show(theirs)} in the {regime} regime",
+                          f"derive with --regime {regime} for widths past the crossover (docs/theory.md)")
+
+
+def collect(walk: Backward) -> tuple[Finding, ...]:
+    """All findings of one derivation, in the order of the criteria, each once."""
+    found: dict[tuple[str, str], Finding] = {}
+    for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, broken_bounds):
+        for finding in criterion(walk.forward):
+            found.setdefault((finding.kind, finding.where), finding)
+    return tuple(found.values())
+
+

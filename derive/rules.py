@@ -1,0 +1,78 @@
+"""From solved knobs to rules: one per parameter role, and one per multiplier that stands alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sympy import Expr
+from widthwise.derive.backward import Backward
+from widthwise.derive.exponents import ZERO
+from widthwise.derive.facts import Fact, ancestry
+from widthwise.derive.graph import Node, Parameter
+from widthwise.derive.optimizers import Law
+from widthwise.derive.solve import INIT, MULTIPLIER
+from widthwise.derive.table import Rule
+from widthwise.derive.update import Update
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A rule with what a gauge move needs to know of it, and the facts that prove it."""
+
+    rule: Rule
+    facts: tuple[Fact, ...]
+    update: Update | None = None
+    node: Node | None = None  # the node whose multiplier this is
+
+
+def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[Derived, ...]:
+    """All rules, parameters and lone multipliers in the order the forward pass meets them."""
+    carriers = {str(node.attrs["carrier"]): node for node in walk.graph.ordered if node.attrs.get("carrier")}
+    order: dict[str, None] = {}
+    for node in walk.graph.ordered:
+        for source in node.inputs:
+            if source in walk.graph.parameters:
+                order.setdefault(source)
+        if node.attrs.get("carrier"):
+            order.setdefault(str(node.attrs["carrier"]))
+    derived = []
+    for role in order:
+        parameter = walk.graph.parameters.get(role)
+        node = carriers.get(role)
+        if parameter is not None:
+            derived.append(_of_parameter(walk, parameter, updates.get(role), node))
+        elif node is not None:
+            derived.append(_of_multiplier(walk, role, node))
+    return tuple(derived)
+
+
+def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, node: Node | None) -> Derived:
+    role = parameter.role
+    knobs = walk.knobs
+    facts = [knobs.bindings[knobs.symbol(INIT, role)]]
+    multiplier = ZERO
+    if knobs.symbol(MULTIPLIER, role) in knobs.values:
+        multiplier = knobs.values[knobs.symbol(MULTIPLIER, role)]
+        facts.append(knobs.bindings[knobs.symbol(MULTIPLIER, role)])
+    if update is not None:
+        facts.append(update.binding)
+    proof = tuple(facts)
+    return Derived(Rule(
+        role, parameter.patterns, tuple(map(str, parameter.shape)),
+        init_std=walk.states[role].init.size, multiplier=multiplier,
+        lr=update.lr if update else None, weight_decay=update.weight_decay if update else None,
+        eps=update.eps if update else None,
+        binding="; ".join(f"{fact.subject.split(' of ')[0]}: {fact.because}" for fact in proof),
+        assumed=_assumed(proof)), proof, update, node)
+
+
+def _of_multiplier(walk: Backward, role: str, node: Node) -> Derived:
+    fact = walk.knobs.bindings[walk.knobs.symbol(MULTIPLIER, role)]
+    value: Expr = walk.knobs.values[walk.knobs.symbol(MULTIPLIER, role)]
+    return Derived(Rule(role, multiplier=value, binding=f"multiplier: {fact.because}", assumed=_assumed((fact,))),
+                   (fact,), None, node)
+
+
+def _assumed(facts: tuple[Fact, ...]) -> tuple[str, ...]:
+    return tuple(sorted({each for fact in ancestry(*facts) for each in fact.assumed}))

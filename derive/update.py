@@ -1,0 +1,116 @@
+"""What one optimizer step does: from gradients and tolerances to learning rate, weight decay and eps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sympy import Expr
+from widthwise.derive.backward import Backward
+from widthwise.derive.exponents import ZERO, at_most, show
+from widthwise.derive.facts import Fact
+from widthwise.derive.graph import Parameter, atoms, extent
+from widthwise.derive.ops.registry import OPS, lookup
+from widthwise.derive.optimizers import Law, Step, Weight, decay_exponent
+from widthwise.derive.solve import STEP
+
+LR = "lr"
+
+
+@dataclass(frozen=True)
+class Update:
+    """The step of one parameter: its learning-rate exponent, what bound it, and what follows from it."""
+
+    lr: Expr
+    weight_decay: Expr
+    eps: Expr | None
+    binding: Fact
+    weight: Weight
+    effects: tuple[Fact, ...]  # (size of what the step moves at lr exponent 0) for each use, for audits
+    bounds: tuple[Expr, ...]
+
+
+def weight_of(walk: Backward, parameter: Parameter) -> Weight:
+    """What the optimizer sees of a parameter."""
+    linear = any(node.op == "linear" for node, _ in walk.graph.consumers(parameter.role))
+    embedded = any(node.op == "embedding" for node, _ in walk.graph.consumers(parameter.role))
+    return Weight(
+        gradient=walk.gradients[parameter.role].size,
+        entry=walk.states[parameter.role].init.size,
+        fan_in=extent(atoms(parameter.shape[-1:])) if linear else ZERO,
+        fan_out=extent(atoms(parameter.shape[:-1])) if linear else ZERO,
+        # tables and readouts are given to the entrywise optimizer by every implementation of Muon
+        matrix=linear and not embedded and not any(
+            node.attrs.get("carrier") for node, _ in walk.graph.consumers(parameter.role)),
+    )
+
+
+def solve_updates(walk: Backward, law: Law, fixed: Mapping[tuple[str, str], Expr]) -> dict[str, Update]:
+    """The largest learning rate of each parameter at which its own step moves every tensor it feeds by no more
+    than that tensor tolerates: the maximal update."""
+    updates: dict[str, Update] = {}
+    for role, parameter in walk.graph.parameters.items():
+        if parameter.trainable:
+            updates[role] = _solve_one(walk, parameter, law, fixed.get((role, LR)))
+    return updates
+
+
+def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | None) -> Update:
+    role = parameter.role
+    weight = weight_of(walk, parameter)
+    step = law.step(weight)
+    effects, bounds = [], []
+    for effect, tolerated in _uses(walk, role, step):
+        effects.append(effect)
+        bounds.append(tolerated)
+    candidates = [bound.value - effect.value for bound, effect in zip(bounds, effects, strict=True)]
+    best = 0
+    for index, candidate in enumerate(candidates):
+        if not at_most(candidates[best], candidate):
+            best = index
+    if pinned is not None:
+        lr, binding = pinned, Fact(f"lr of {role}", pinned, "fixed by the request")
+    else:
+        lr = candidates[best]
+        for other in candidates:
+            if not at_most(lr, other):
+                from widthwise.derive.exponents import smallest
+                lr = smallest(candidates)
+        binding = Fact(f"lr of {role}", lr,
+                       f"{bounds[best].because}: the step moves it by n^(lr {_signed(effects[best].value)}) and it "
+                       f"tolerates n^{show(bounds[best].value)}", (effects[best], bounds[best]))
+    eps = law.eps(weight) if law.eps else None
+    return Update(lr, decay_exponent(law, weight, lr), eps, binding, weight, tuple(effects),
+                  tuple(bound.value for bound in bounds))
+
+
+def _uses(walk: Backward, role: str, step: Step) -> list[tuple[Fact, Fact]]:
+    """For each use of a parameter: the effect of its step at lr exponent 0, and what is tolerated there."""
+    found: list[tuple[Fact, Fact]] = []
+    knobs, forward = walk.knobs, walk.forward
+    gradient = walk.facts[role]
+    bare = False
+    for node, slot in walk.graph.consumers(role):
+        op = lookup(node)
+        if OPS[node.op].tolerance(slot) != "weight":
+            bare = True
+            continue
+        assert op.effect is not None
+        size = knobs.value(op.effect(forward, node, step))
+        inputs = tuple(forward.states[source].fact for source in node.inputs if source != role)
+        aligned = forward.assume.own_step
+        effect = Fact(f"own step of {role} in {node.output}, over lr", size,
+                      f"step entries n^{show(step.entry)}; ΔW·x {aligned}" if inputs else
+                      f"step entries n^{show(step.entry)}, read one row at a time", (gradient, *inputs),
+                      frozenset((f"ΔW·x: {aligned}",)) if inputs else frozenset())
+        found.append((effect, knobs.bindings[knobs.symbol(STEP, f"{role}@{node.output}")]))
+    if bare:
+        effect = Fact(f"own step of {role}, over lr", step.entry, f"step entries n^{show(step.entry)}, used entrywise",
+                      (gradient,))
+        found.append((effect, knobs.bindings[knobs.symbol(STEP, f"{role}@{role}")]))
+    return found
+
+
+def _signed(value: Expr) -> str:
+    text = show(value)
+    return f"- {text[1:]}" if text.startswith("-") else f"+ {text}"
