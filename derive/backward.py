@@ -82,7 +82,12 @@ class Backward:
         return self.knobs.value(self.forward.multiplier(node, role))
 
     def trained(self, tensor: str) -> Signal:
-        """The forward signal a weight's gradient is made of: as large as training makes it, if that is more."""
+        """A forward factor of a gradient: its signs as at initialization, as large as training makes it.
+
+        The two sizes differ where a weight starts below its maximal update (few outputs, or zero init) and its own
+        steps bring the activation up: a learning rate solved for the size at initialization would be too large
+        from then on.
+        """
         state = self.states[tensor]
         return state.init.shifted(state.trained - state.init.size)
 

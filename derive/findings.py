@@ -101,15 +101,17 @@ def broken_bounds(walk: Forward) -> Iterator[Finding]:
                       f"lower what makes it by n^{show(-violation.excess)}")
 
 
-def other_branch(here: tuple[Rule, ...], there: tuple[Rule, ...], regime: str) -> Iterator[Finding]:
-    """Rules that differ past the crossovers: both branches are derived, one is the default."""
-    for rule, other in zip(here, there, strict=True):
-        differing = [(knob, mine, theirs) for knob in ("init_std", "multiplier", "lr")
-                     if (mine := getattr(rule, knob)) != (theirs := getattr(other, knob)) and mine is not None]
-        for knob, mine, theirs in differing:
-            yield Finding("crossover", rule.role, theirs - mine,
-                          f"{knob} of {rule.role} is n^{show(mine)} here and n^{show(theirs)} in the {regime} regime",
-                          f"derive with --regime {regime} for widths past the crossover (docs/theory.md)")
+def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Finding]:
+    """Rules that change past the crossovers: both branches are derived, the one below them is printed."""
+    for rule, other in zip(here, past, strict=True):
+        for knob in ("init_std", "multiplier", "lr"):
+            mine, theirs = getattr(rule, knob), getattr(other, knob)
+            if mine is not None and mine != theirs:
+                yield Finding("crossover", rule.role, theirs - mine,
+                              f"{knob} of {rule.role} is n^{show(mine)} below the crossovers and n^{show(theirs)} past "
+                              "them, where means left by nonlinearities dominate and training has aligned forward with "
+                              "backward",
+                              "derive with --regime asymptotic for widths past them (docs/theory.md has estimates)")
 
 
 def collect(walk: Backward) -> tuple[Finding, ...]:

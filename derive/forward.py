@@ -85,7 +85,8 @@ class Forward:
         size = self.knobs.unknown(INIT, role, parameter.where)
         odd: dict[Flip, float] = {}
         if parameter.random:
-            odd = {Flip(role, frozenset(dim.name for dim in group.dims)): 0.0 for group in parameter.shape}
+            odd = {Flip(role, frozenset(dim.name for dim in group.dims), side): 0.0
+                   for side, group in enumerate(parameter.shape)}
         fact = Fact(f"initial {role}", size, "drawn from a sign-symmetric law" if parameter.random
                     else "a fixed or one-sided base value")
         bare = parameter.trainable and any(OPS[node.op].tolerance(slot) != "weight" for node, slot in uses

@@ -40,9 +40,9 @@ def derive(graph: Graph, optimizer: str = "adamw", assume: str | Assumptions | N
     assumed = assumptions(assume, preset, regime)
     fixed = fixed_knobs(graph, parametrization, fix)
     table = _one_regime(graph, optimizer, assumed, fixed, gauge)
-    if "asymptotic" in assumed.regimes and assumed.regime == "practical":
-        past = _one_regime(graph, optimizer, in_regime(assumed, "asymptotic"), fixed, gauge)
-        table = table.with_findings(other_branch(table.rules, past.rules, "asymptotic"))
+    past = in_regime(assumed, "asymptotic")
+    if "asymptotic" in assumed.regimes and past != assumed:
+        table = table.with_findings(other_branch(table.rules, _one_regime(graph, optimizer, past, fixed, gauge).rules))
     return table
 
 

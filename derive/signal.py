@@ -19,10 +19,12 @@ from widthwise.derive.graph import Dim
 
 @dataclass(frozen=True)
 class Flip:
-    """Flipping the signs of ``source`` entry by entry along ``axes``."""
+    """Flipping the signs of ``source`` entry by entry along ``axes``; ``side`` tells rows from columns, also of a
+    square weight, whose rows and columns have one and the same axis."""
 
     source: str
     axes: frozenset[str]
+    side: int = 0
 
 
 Odd = Mapping[Flip, float]  # flip → mean/rms that remains under it; 0 where the flip is exact
@@ -68,6 +70,16 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
         else:
             together[key] = term
     return tuple(together.values())
+
+
+def through(x: Signal, weight: Signal, over: tuple[Dim, ...], kept: frozenset[int]) -> Contraction:
+    """Multiply by a random weight and sum over its other sides; the result is odd along the ``kept`` sides."""
+    def sides(odd: Odd, wanted: bool) -> dict[Flip, float]:
+        return {flip: mean for flip, mean in odd.items() if (flip.side in kept) == wanted}
+
+    outcome = contract(x, weight.mapped(lambda term: Term(term.size, sides(term.odd, False))), over, "symmetry")
+    rows = sides(weight.terms[0].odd, True)
+    return replace(outcome, signal=outcome.signal.mapped(lambda term: Term(term.size, {**term.odd, **rows})))
 
 
 def added(signals: Iterable[Signal]) -> Signal:
@@ -153,6 +165,6 @@ def _remaining(left: Odd, right: Odd, over: tuple[Dim, ...]) -> Odd:
     for flip in left.keys() ^ right.keys():
         mean = left[flip] if flip in left else right[flip]
         if axes := flip.axes - gone:
-            joint = Flip(flip.source, axes)
+            joint = Flip(flip.source, axes, flip.side)
             remaining[joint] = min(mean, remaining.get(joint, 1.0))
     return remaining

@@ -34,8 +34,8 @@ def head_scaling(name: str) -> HeadScaling:
 
 def gated_mlp(g: Builder, x: Tensor, width: Dim, ffn: Dim) -> Tensor:
     """down( SiLU(gate x) · up x )."""
-    gate = g.pointwise("silu", g.linear(x, "mlp.gate_proj", ffn))
-    up = g.linear(x, "mlp.up_proj", ffn)
+    gate = g.pointwise("silu", g.linear(x, "mlp.gate_proj", ffn, output="z_gate"))
+    up = g.linear(x, "mlp.up_proj", ffn, output="z_up")
     return g.linear(g.product(gate, up), "mlp.down_proj", width, output="mlp_out")
 
 

@@ -20,9 +20,9 @@ def _qk_power(qk_scale: str, key_dim: Dim) -> object:
 def _features(g: Builder, h: Tensor, which: str, axes: Group, split: tuple[Dim | Group, ...], activation: bool,
               conv: bool, taps: Dim) -> Tensor:
     """SiLU(conv(W h)), split into heads; either step can be left out."""
-    z = g.linear(h, f"attn.{which}_proj", axes)
+    z = g.linear(h, f"attn.{which}_proj", axes, output=f"z_{which}")
     if conv:
-        z = g.conv1d(z, f"attn.{which}_conv1d", taps)
+        z = g.conv1d(z, f"attn.{which}_conv1d", taps, output=f"{which}_conv")
     if activation:
         z = g.pointwise("silu", z)
     return g.reshape(z, *split, output=which)
@@ -64,7 +64,7 @@ def gated_deltanet(*, scaling: str = "heads-fixed", tied: bool = False, activati
         alpha = None
         if decay:
             rate = g.pointwise("exp", g.parameter("attn.A_log", value_heads))
-            z = g.add(g.linear(h, "attn.a_proj", value_heads), g.parameter("attn.dt_bias", value_heads),
+            z = g.add(g.linear(h, "attn.a_proj", value_heads, output="z_a"), g.parameter("attn.dt_bias", value_heads),
                       output="z_alpha")
             alpha = g.pointwise("exp", g.product(rate, g.pointwise("softplus", z)), output="alpha")
         o = g.scan(q, k, v, decay=alpha, strength=beta, power=_qk_power(qk_scale, d_k), output="o")
@@ -120,12 +120,13 @@ def mamba2(*, scaling: str = "head-dim-fixed", tied: bool = False, conv: bool = 
 
     def mixer(h: Tensor) -> Tensor:
         def part(which: str, axes: Dim | Group) -> Tensor:
-            z = g.linear(h, f"mixer.{which}_proj", axes)
-            return g.pointwise("silu", g.conv1d(z, f"mixer.{which}_conv1d", taps) if conv else z)
+            z = g.linear(h, f"mixer.{which}_proj", axes, output=f"z_{which}")
+            return g.pointwise("silu", g.conv1d(z, f"mixer.{which}_conv1d", taps, output=f"{which}_conv")
+                               if conv else z)
 
         v = g.reshape(part("x", heads * d_head), heads, d_head, output="v")
         k, q = g.reshape(part("B", state), state, output="k"), g.reshape(part("C", state), state, output="q")
-        dt = g.pointwise("softplus", g.add(g.linear(h, "mixer.dt_proj", heads), g.parameter("mixer.dt_bias", heads),
+        dt = g.pointwise("softplus", g.add(g.linear(h, "mixer.dt_proj", heads, output="z_dt_proj"), g.parameter("mixer.dt_bias", heads),
                                            output="z_dt"), output="dt")
         rate = g.pointwise("exp", g.parameter("mixer.A_log", heads))
         alpha = g.pointwise("exp", g.product(rate, dt), output="alpha")

@@ -66,7 +66,7 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     for slot, other in ((0, 1), (1, 0)):
         mine, theirs = node.inputs[slot], node.inputs[other]
         over = summed(node.shape, walk.graph.shapes[theirs], walk.graph.shapes[mine])
-        signal, because = walk.contract(gradient, walk.states[theirs].init, over)
+        signal, because = walk.contract(gradient, walk.trained(theirs), over)
         text = f"∂L/∂{node.output} times {theirs}" + (f": {because}" if over else "")
         assumed = frozenset((f"forward · backward: {walk.assume.forward_backward}",)) if over else frozenset()
         pieces.append(Piece(slot, signal, text, assumed, (theirs,)))

@@ -80,7 +80,7 @@ def _forward(walk: Forward, node: Node) -> State:
 
 
 def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
-    q, k, v = (state.init for state in walk.inputs(node)[:3])
+    q, k, v = (walk.trained(source) for source in node.inputs[:3])
     decay, strength = _gates(walk, node)
     shape_of = walk.graph.shapes
     names = node.inputs

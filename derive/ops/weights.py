@@ -11,7 +11,7 @@ from widthwise.derive.exponents import HALF, largest, show
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Node, Shape, atoms, extent, shape_text
 from widthwise.derive.ops.registry import Op, Piece, Tolerance, register
-from widthwise.derive.signal import Signal, contract
+from widthwise.derive.signal import Signal, contract, through
 
 if TYPE_CHECKING:
     from widthwise.derive.backward import Backward
@@ -44,6 +44,10 @@ def _fans(walk: Forward | Backward, node: Node) -> tuple[tuple[Dim, ...], tuple[
     return atoms(weight[-1:]), atoms(weight[:-1])
 
 
+def _rows(walk: Forward | Backward, role: str) -> frozenset[int]:
+    return frozenset(range(len(walk.graph.shapes[role]) - 1))
+
+
 def _linear_forward(walk: Forward, node: Node) -> State:
     from widthwise.derive.forward import Change, State
 
@@ -51,9 +55,9 @@ def _linear_forward(walk: Forward, node: Node) -> State:
     role = node.inputs[1]
     fan_in, fan_out = _fans(walk, node)
     multiplier = walk.multiplier(node, role)
-    init, because = walk.contract(node, x.init, weight.init, fan_in, "symmetry")
-    init = init.shifted(multiplier)
-    fact = walk.fact(node, init, f"{role} · {node.inputs[0]}: {because}")
+    outcome = through(x.init, weight.init, fan_in, _rows(walk, role))
+    init = outcome.signal.shifted(multiplier)
+    fact = walk.fact(node, init, f"{role} · {node.inputs[0]}: {outcome.because}")
     changes = walk.own_step(node, role)
     if x.change is not None:
         branch = walk.assume.upstream_readout if node.attrs.get("carrier") else walk.assume.upstream
@@ -71,7 +75,8 @@ def _linear_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece
     source, role = node.inputs
     fan_in, fan_out = _fans(walk, node)
     multiplier = walk.multiplier(node, role)
-    back = contract(gradient, weight.init, fan_out, "symmetry")
+    columns = frozenset((len(walk.graph.shapes[role]) - 1,))
+    back = through(gradient, weight.init, fan_out, columns)
     signal, because = back.signal, back.because
     branch = walk.assume.backward_weight
     if branch == "operator-norm":
