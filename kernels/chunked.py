@@ -1,0 +1,299 @@
+"""The gated delta rule in chunks, in plain PyTorch: the backend for CPUs. Forward and a hand-written backward.
+
+For one sequence and value head, within a chunk of C tokens entered with state S [K, V], let G be the running sum of g
+from the chunk's start, e = exp(G), D_ij = exp(G_i - G_j) for i >= j (else 0), and write row scalings as products::
+
+    A = beta * strictly_lower(K K^T * D)        what token i recalls of the writes of the tokens j before it
+    U = (I + A)^-1 beta (V - e K S)             the writes themselves (the WY form: Yang et al. 2024, arXiv:2412.06464)
+    O = e Q S + (Q K^T * D) U                   with scale folded into Q
+    S' = e_C S + (D_C K)^T U                    D_C is D's last row
+
+S' is affine in S: S' = F S + E. Everything but that recurrence is batched over chunks, heads and sequences.
+Gradients that run through g only ever sum what they should and never take differences of prefix sums, so they keep
+their relative accuracy however small the gates are.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from widthwise.kernels.reference import L2_EPS
+
+CHUNK = 32
+# exp(-1e4) is 0 in every dtype, so nothing is lost, and -inf becomes a number that can be subtracted.
+LOWEST_GATE = -1e4
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What states are held in, and what this backend computes in: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunk_bound(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many chunks there are, or, where sequence lengths are unknown while tracing, at most can be."""
+    batch, time = q.shape[:2]
+    if cu_seqlens is None:
+        return batch * ((time + CHUNK - 1) // CHUNK)
+    return time // CHUNK + cu_seqlens.shape[0] - 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which token sits in which row of which chunk.
+
+    Chunks are ordered by their rank within their sequence, and sequences from the longest to the shortest, so that
+    the chunks that can be stepped together are contiguous and belong to the first ``width`` sequences of ``order``.
+    """
+
+    order: Tensor  # [N] sequences, longest first
+    steps: list[tuple[int, int]]  # per step of the recurrence, its range of chunks
+    tokens: Tensor  # [M, C] index into the B*T tokens; 0 in padding
+    padding: Tensor | None  # [M, C] bool, True in the rows past the end of a sequence; None if there are none
+    places: Tensor  # [B*T] index of the token's row among the M*C
+
+    @staticmethod
+    def of(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device) -> "Layout":
+        if cu_seqlens is None:
+            bounds = torch.arange(0, batch * time + 1, time, device=device)
+        else:
+            bounds = cu_seqlens.to(torch.int64)
+        starts, lengths = bounds[:-1], bounds.diff()
+        order = lengths.argsort(descending=True, stable=True)
+        starts, lengths = starts[order], lengths[order]
+        depths = (lengths + CHUNK - 1) // CHUNK
+        ranks = torch.arange(int(depths[0]), device=device)[:, None]
+        active = ranks < depths
+        rank, sequence = active.nonzero(as_tuple=True)
+        ends = [0, *active.sum(1).cumsum(0).tolist()]
+        offsets = rank[:, None] * CHUNK + torch.arange(CHUNK, device=device)
+        valid = offsets < lengths[sequence, None]
+        tokens = torch.where(valid, starts[sequence, None] + offsets, 0)
+        places = torch.empty(batch * time, dtype=torch.int64, device=device)
+        places[tokens[valid]] = valid.flatten().nonzero().squeeze(1)
+        steps = list(pairwise(ends))
+        return Layout(order, steps, tokens, None if bool(valid.all()) else ~valid, places)
+
+    def gather(self, x: Tensor, value_heads: int) -> Tensor:
+        """[B, T, h, ...] -> [M*HV, C, ...]: a head is repeated for the value heads it serves, padding is 0."""
+        heads = x.shape[2]
+        served = torch.arange(value_heads, device=x.device) // (value_heads // heads)
+        rows = self.tokens[:, None, :] * heads + served[:, None]  # [M, HV, C]
+        chunks = x.reshape(-1, *x.shape[3:]).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[3:])
+        if self.padding is not None:
+            chunks.masked_fill_(self.padding.view(rows.shape[0], 1, CHUNK, *[1] * (x.dim() - 3)), 0)
+        return chunks.flatten(0, 1)
+
+    def scatter(self, chunks: Tensor, like: Tensor) -> Tensor:
+        """[M*HV, C, ...] -> the shape of ``like``, [B, T, h, ...]: summed over the value heads that a head serves."""
+        batch, time, heads = like.shape[:3]
+        value_heads = chunks.shape[0] // self.tokens.shape[0]
+        places = self.places[:, None]
+        head = torch.arange(value_heads, device=chunks.device)
+        rows = (places // CHUNK * value_heads + head) * CHUNK + places % CHUNK  # [B*T, HV]
+        x = chunks.flatten(0, 1).index_select(0, rows.flatten())
+        x = x.view(batch, time, heads, value_heads // heads, *like.shape[3:])
+        return x.squeeze(3) if heads == value_heads else x.sum(3)
+
+    def states(self, given: Tensor | None, like: Tensor, heads: int, key_dim: int, value_dim: int) -> Tensor:
+        """[N, HV, K, V], or zeros, -> [N*HV, K, V] in the order of the recurrence; always a fresh tensor."""
+        if given is None:
+            return like.new_zeros(self.order.shape[0] * heads, key_dim, value_dim)
+        return given.to(like.dtype).index_select(0, self.order).flatten(0, 1)
+
+    def unsort(self, states: Tensor) -> Tensor:
+        """The reverse of :meth:`states`."""
+        return states.view(self.order.shape[0], -1, *states.shape[1:]).index_select(0, self.order.argsort())
+
+
+class Chunks(NamedTuple):
+    """The inputs in chunks, Z = M*HV of them, and what both directions need. q carries the scale."""
+
+    q: Tensor  # [Z, C, K]
+    k: Tensor  # [Z, C, K]
+    v: Tensor  # [Z, C, V]
+    beta: Tensor  # [Z, C, 1]
+    decay: Tensor  # [Z, C, C]  D
+    into: Tensor  # [Z, C, 1]   e: from the chunk's start through token i
+    out: Tensor  # [Z, C, 1]    from after token i to the chunk's end
+    recall: Tensor  # [Z, C, C] strictly_lower(K K^T * D): A without beta
+
+    @property
+    def through(self) -> Tensor:
+        """[Z, 1, 1]: the decay from the chunk's start to its end."""
+        return self.into[:, -1:]
+
+
+def norms(x: Tensor) -> Tensor:
+    return torch.rsqrt((x * x).sum(-1, keepdim=True) + L2_EPS)
+
+
+def without_diagonal(x: Tensor) -> Tensor:
+    """``x`` [..., C, C] with its diagonal set to 0, in place."""
+    x.diagonal(dim1=-2, dim2=-1).zero_()
+    return x
+
+
+def into_chunks(
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, normalize_qk: bool
+) -> Chunks:
+    dtype, heads = state_dtype(q.dtype), v.shape[2]
+    q, k = q.to(dtype), k.to(dtype)
+    q = q * (norms(q) * scale if normalize_qk else scale)
+    k = k * norms(k) if normalize_qk else k
+    q, k, v, beta = (layout.gather(x.to(dtype), heads) for x in (q, k, v, beta))
+    # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
+    total = layout.gather(g.to(torch.float64).clamp(min=LOWEST_GATE), heads).cumsum(-1).unsqueeze(-1)
+    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    decay = (total - total.mT).to(dtype).masked_fill_(upper, -torch.inf).exp_()
+    into, out = total.to(dtype).exp(), (total[:, -1:] - total).to(dtype).exp()
+    recall = without_diagonal((k @ k.mT).mul_(decay))
+    return Chunks(q, k, v, beta.unsqueeze(-1), decay, into, out, recall)
+
+
+def transition(c: Chunks, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """W = (I + A)^-1 beta e K, and the F [Z, K, K] of S' = F S + E."""
+    w = inverse @ (c.k * (c.beta * c.into))
+    f = torch.bmm((c.k * c.out).mT, w).neg_()
+    f.diagonal(dim1=-2, dim2=-1).add_(c.through.squeeze(-1))
+    return w, f
+
+
+def pad_to(x: Tensor, rows: int) -> Tensor:
+    return x.contiguous() if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalize_qk: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """See :meth:`widthwise.kernels.op.Backend.forward`. Saved: each chunk's entering state, and (I + A)^-1."""
+    (batch, time), heads = q.shape[:2], v.shape[2]
+    layout = Layout.of(batch, time, cu_seqlens, q.device)
+    c = into_chunks(layout, q, k, v, g, beta, scale, normalize_qk)
+    identity = torch.eye(CHUNK, dtype=c.q.dtype, device=q.device).expand_as(c.recall)
+    inverse = torch.linalg.solve_triangular(c.recall * c.beta, identity, upper=False, unitriangular=True)
+    w, f = transition(c, inverse)
+    u = inverse @ (c.v * c.beta)  # the writes, as they would be from S = 0
+    e = torch.bmm((c.k * c.out).mT, u)
+
+    state = layout.states(initial_state, c.q, heads, q.shape[-1], v.shape[-1])
+    entering = torch.empty_like(e)
+    for start, end in layout.steps:
+        now, active = slice(start * heads, end * heads), slice((end - start) * heads)
+        entering[now] = state[active]
+        torch.baddbmm(e[now], f[now], entering[now], out=state[active])
+
+    u.baddbmm_(w, entering, alpha=-1)
+    o = torch.bmm((c.q @ c.k.mT).mul_(c.decay), u).baddbmm_(c.q * c.into, entering)
+    bound = chunk_bound(q, cu_seqlens) * heads
+    saved = pad_to(entering, bound), pad_to(inverse, bound)
+    return layout.scatter(o, v).to(q.dtype), layout.unsort(state), saved
+
+
+def saved_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalize_qk: bool,
+) -> tuple[Tensor, ...]:
+    """See :meth:`widthwise.kernels.op.Backend.saved_like`."""
+    rows, dtype = chunk_bound(q, cu_seqlens) * v.shape[2], state_dtype(q.dtype)
+    entering = q.new_empty((rows, q.shape[-1], v.shape[-1]), dtype=dtype)
+    return entering, q.new_empty((rows, CHUNK, CHUNK), dtype=dtype)
+
+
+def backward(
+    do: Tensor,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalize_qk: bool,
+    saved: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """See :meth:`widthwise.kernels.op.Backend.backward`. ``dx`` is the gradient with respect to ``x`` throughout."""
+    (batch, time), heads = q.shape[:2], v.shape[2]
+    layout = Layout.of(batch, time, cu_seqlens, q.device)
+    c = into_chunks(layout, q, k, v, g, beta, scale, normalize_qk)
+    entering, inverse = (x[: c.q.shape[0]] for x in saved)
+    do = layout.gather(do.to(c.q.dtype), heads)
+    w, f = transition(c, inverse)
+    read = (c.q @ c.k.mT).mul_(c.decay)
+
+    # The recurrence backward: dS = F^T dS' + what this chunk's outputs ask of S.
+    du = read.mT @ do
+    asked = torch.bmm((c.q * c.into).mT, do).baddbmm_(w.mT, du, alpha=-1)
+    dstate = layout.states(dfinal_state, c.q, heads, q.shape[-1], v.shape[-1])
+    dleaving = torch.empty_like(asked)
+    for start, end in reversed(layout.steps):
+        now, active = slice(start * heads, end * heads), slice((end - start) * heads)
+        dleaving[now] = dstate[active]
+        torch.baddbmm(asked[now], f[now].mT, dleaving[now], out=dstate[active])
+
+    # The writes: U = (I + A)^-1 beta Y with Y = V - e K S.
+    du.baddbmm_(c.k * c.out, dleaving)
+    y = torch.baddbmm(c.v, c.k * c.into, entering, alpha=-1)
+    u = inverse @ (c.beta * y)
+    dy_over_beta = inverse.mT @ du
+    da = torch.bmm(dy_over_beta, u.mT).neg_()
+    dbeta = (dy_over_beta * y).sum(-1) + (da * c.recall).sum(-1)
+    dv = dy_over_beta * c.beta
+
+    # Within the chunk: dread and drecall are gradients times their own decays, hence of Q K^T and K K^T.
+    dread = torch.bmm(do, u.mT).mul_(c.decay)
+    drecall = without_diagonal(da.mul_(c.beta).mul_(c.decay))
+    dq_state = torch.bmm(do, entering.mT).mul_(c.into)
+    dk_in = torch.bmm(dv, entering.mT).mul_(-c.into)
+    dk_out = torch.bmm(u, dleaving.mT).mul_(c.out)
+    dq = torch.baddbmm(dq_state, dread, c.k)
+    dk = torch.baddbmm(dk_in + dk_out, dread.mT, c.q).baddbmm_(drecall + drecall.mT, c.k)
+
+    dg = gate_gradient(
+        # d(decay) * decay, with the diagonal, which no gate touches, left out
+        pairs=without_diagonal(dread.mul_(c.q @ c.k.mT).add_(drecall.mul_(c.k @ c.k.mT))),
+        entered=(c.q * dq_state).sum(-1) + (c.k * dk_in).sum(-1),
+        left=(c.k * dk_out).sum(-1),
+        passed=(entering * dleaving).sum((-2, -1))[:, None] * c.through[:, 0],
+    )
+    dq, dk = layout.scatter(dq, q).mul_(scale), layout.scatter(dk, k)
+    if normalize_qk:
+        dq, dk = norm_gradient(q, dq), norm_gradient(k, dk)
+    dv, dg, dbeta = layout.scatter(dv, v), layout.scatter(dg, g), layout.scatter(dbeta, beta)
+    dq, dk, dv, dg, dbeta = (d.to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v), (dg, g), (dbeta, beta)))
+    return dq, dk, dv, dg, dbeta, None if initial_state is None else layout.unsort(dstate)
+
+
+def gate_gradient(pairs: Tensor, entered: Tensor, left: Tensor, passed: Tensor) -> Tensor:
+    """Gate t is crossed by every path from before t to t or later: within the chunk from j < t to i >= t (``pairs``
+    [Z, C, C]), from the entering state to i >= t (``entered`` [Z, C]), from j < t to the leaving state (``left``
+    [Z, C]), and from the one state to the other (``passed`` [Z, 1])."""
+    before = torch.ones_like(pairs[0]).triu(1)  # [j, t]: j < t
+    crossing = (pairs @ before).mul_(before.mT + torch.eye(CHUNK, dtype=pairs.dtype, device=pairs.device)).sum(-2)
+    return crossing + entered.flip(-1).cumsum(-1).flip(-1) + left @ before + passed
+
+
+def norm_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """The gradient through y = x r, r = (sum x^2 + eps)^(-1/2): r (dy - y (y . dy))."""
+    r = norms(x.to(dy.dtype))
+    y = x * r
+    return r * (dy - y * (y * dy).sum(-1, keepdim=True))
