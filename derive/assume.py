@@ -45,16 +45,19 @@ class Assumptions:
 
     def statements(self) -> tuple[str, ...]:
         """The set in words, one line per kind of contraction."""
-        return tuple(f"{subject}: {_WORDS[branch]}" for subject, branch in (
-            ("activation · activation at init", self.activations),
-            ("Δactivation · activation", self.activations_trained),
-            ("ΔW·x, a parameter's own step", self.own_step),
-            ("W₀·Δx, changes from upstream", self.upstream),
-            ("W₀·Δx at the readout", self.upstream_readout),
-            ("forward · backward", self.forward_backward),
-            ("W₀ᵀ·g, back-propagation", self.backward_weight),
-            ("means that nonlinearities create", self.nonlinear_mean),
-        ))
+        return tuple(
+            f"{subject}: {_WORDS[branch]}"
+            for subject, branch in (
+                ("activation · activation at init", self.activations),
+                ("Δactivation · activation", self.activations_trained),
+                ("ΔW·x, a parameter's own step", self.own_step),
+                ("W₀·Δx, changes from upstream", self.upstream),
+                ("W₀·Δx at the readout", self.upstream_readout),
+                ("forward · backward", self.forward_backward),
+                ("W₀ᵀ·g, back-propagation", self.backward_weight),
+                ("means that nonlinearities create", self.nonlinear_mean),
+            )
+        )
 
 
 _WORDS = {
@@ -67,33 +70,79 @@ _WORDS = {
     "ignored": "ignored: a nonlinearity is treated as if it were odd",
 }
 
-SETS: dict[str, Assumptions] = {each.name: each for each in (
-    Assumptions("at-init", "statistics at initialization decided by sign symmetry; own steps aligned; "
-                "upstream changes at their operator-norm bound", regimes=("practical", "asymptotic")),
-    Assumptions("aligned", "every inner product that training can align is coherent", activations="aligned",
-                forward_backward="aligned", backward_weight="operator-norm", nonlinear_mean="coherent",
-                regime="asymptotic", regimes=("asymptotic",)),
-    Assumptions("unaligned", "no inner product is aligned by training", activations_trained="incoherent",
-                own_step="incoherent", upstream="incoherent", upstream_readout="incoherent",
-                nonlinear_mean="ignored"),
-)}
+SETS: dict[str, Assumptions] = {
+    each.name: each
+    for each in (
+        Assumptions(
+            "at-init",
+            "statistics at initialization decided by sign symmetry; own steps aligned; "
+            "upstream changes at their operator-norm bound",
+            regimes=("practical", "asymptotic"),
+        ),
+        Assumptions(
+            "aligned",
+            "every inner product that training can align is coherent",
+            activations="aligned",
+            forward_backward="aligned",
+            backward_weight="operator-norm",
+            nonlinear_mean="coherent",
+            regime="asymptotic",
+            regimes=("asymptotic",),
+        ),
+        Assumptions(
+            "unaligned",
+            "no inner product is aligned by training",
+            activations_trained="incoherent",
+            own_step="incoherent",
+            upstream="incoherent",
+            upstream_readout="incoherent",
+            nonlinear_mean="ignored",
+        ),
+    )
+}
 
-PRESETS: dict[str, Assumptions] = {each.name: each for each in (
-    Assumptions("liu-gu-2026", "Liu & Gu 2026, arXiv:2606.04048: nonlinearities ignored, o·∂L/∂o incoherent, "
-                "gate matrices initialized as hidden weights", upstream="incoherent", nonlinear_mean="ignored",
-                preset=True),
-    Assumptions("tensor-programs-v", "Yang et al. 2022, arXiv:2203.03466, Tables 3 and 8: attention scores and "
-                "their gradients aligned", forward_backward="aligned", nonlinear_mean="ignored", preset=True),
-    Assumptions("everett-full-alignment", "Everett et al. 2024, arXiv:2407.05872: ΔW·x aligned, W₀·Δx not",
-                upstream="incoherent", upstream_readout="incoherent", nonlinear_mean="ignored", preset=True),
-    Assumptions("everett-no-alignment", "Everett et al. 2024, arXiv:2407.05872: neither ΔW·x nor W₀·Δx aligned",
-                own_step="incoherent", upstream="incoherent", upstream_readout="incoherent",
-                nonlinear_mean="ignored", preset=True),
-)}
+PRESETS: dict[str, Assumptions] = {
+    each.name: each
+    for each in (
+        Assumptions(
+            "liu-gu-2026",
+            "Liu & Gu 2026, arXiv:2606.04048: nonlinearities ignored, o·∂L/∂o incoherent, "
+            "gate matrices initialized as hidden weights",
+            upstream="incoherent",
+            nonlinear_mean="ignored",
+            preset=True,
+        ),
+        Assumptions(
+            "tensor-programs-v",
+            "Yang et al. 2022, arXiv:2203.03466, Tables 3 and 8: attention scores and their gradients aligned",
+            forward_backward="aligned",
+            nonlinear_mean="ignored",
+            preset=True,
+        ),
+        Assumptions(
+            "everett-full-alignment",
+            "Everett et al. 2024, arXiv:2407.05872: ΔW·x aligned, W₀·Δx not",
+            upstream="incoherent",
+            upstream_readout="incoherent",
+            nonlinear_mean="ignored",
+            preset=True,
+        ),
+        Assumptions(
+            "everett-no-alignment",
+            "Everett et al. 2024, arXiv:2407.05872: neither ΔW·x nor W₀·Δx aligned",
+            own_step="incoherent",
+            upstream="incoherent",
+            upstream_readout="incoherent",
+            nonlinear_mean="ignored",
+            preset=True,
+        ),
+    )
+}
 
 
-def assumptions(assume: str | Assumptions | None = None, preset: str | None = None,
-                regime: str | None = None) -> Assumptions:
+def assumptions(
+    assume: str | Assumptions | None = None, preset: str | None = None, regime: str | None = None
+) -> Assumptions:
     """The assumption set a request means.
 
     Raises:
@@ -103,8 +152,10 @@ def assumptions(assume: str | Assumptions | None = None, preset: str | None = No
         chosen = assume
     elif preset is not None:
         if assume is not None:
-            raise DeriveError(f"preset {preset!r} is itself an assumption set and contradicts assume={assume!r}",
-                              cure="give one of the two")
+            raise DeriveError(
+                f"preset {preset!r} is itself an assumption set and contradicts assume={assume!r}",
+                cure="give one of the two",
+            )
         if preset not in PRESETS:
             raise unknown_name("preset", preset, list(PRESETS))
         chosen = PRESETS[preset]
@@ -118,8 +169,10 @@ def assumptions(assume: str | Assumptions | None = None, preset: str | None = No
     if regime not in ("practical", "asymptotic"):
         raise unknown_name("regime", regime, ["practical", "asymptotic"])
     if regime not in chosen.regimes:
-        raise DeriveError(f"assumption set {chosen.name!r} contradicts the {regime} regime",
-                          cure=f"it stands for the {chosen.regime} one; use --assume at-init to choose a regime")
+        raise DeriveError(
+            f"assumption set {chosen.name!r} contradicts the {regime} regime",
+            cure=f"it stands for the {chosen.regime} one; use --assume at-init to choose a regime",
+        )
     return in_regime(chosen, "asymptotic") if regime == "asymptotic" != chosen.regime else chosen
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sympy import Expr
+
 from widthwise.derive.assume import Assumptions
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.facts import Fact
@@ -48,14 +49,18 @@ class Backward:
             seed = gradient or self.states[node.output].init
             for piece in lookup(node).backward(self, node, seed):
                 parents = tuple(fact for name in (node.output,) if (fact := self.facts.get(name))) + tuple(
-                    self.states[name].fact for name in piece.reads)
+                    self.states[name].fact for name in piece.reads
+                )
                 source = node.inputs[piece.slot]
                 fact = Fact(f"∂L/∂{source}", piece.signal.size, piece.because, parents, piece.assumed)
                 self._pieces.setdefault(source, []).append((piece.signal, fact))
         for role, parameter in self.graph.parameters.items():
             if self._collect(role) is None and parameter.trainable:
-                raise DeriveError(f"parameter {role!r} gets no gradient", where=parameter.where,
-                                  cure="connect it to the loss, or declare it trainable=False")
+                raise DeriveError(
+                    f"parameter {role!r} gets no gradient",
+                    where=parameter.where,
+                    cure="connect it to the loss, or declare it trainable=False",
+                )
         return self
 
     def _collect(self, tensor: str) -> Signal | None:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import exponent
 from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Shape, as_group, shape_text
@@ -34,8 +35,9 @@ class Tensor:
 def _caller() -> str:
     """file:line of the nearest frame outside this file."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (Path(frame.f_code.co_filename).resolve() == _HERE
-                                        or frame.f_code.co_filename.endswith("contextlib.py")):
+    while frame.f_back is not None and (
+        Path(frame.f_code.co_filename).resolve() == _HERE or frame.f_code.co_filename.endswith("contextlib.py")
+    ):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
@@ -45,7 +47,9 @@ class Builder:
 
     def __init__(self, name: str, **options: object) -> None:
         self._name = name
-        self._options = {key: str(value) for key, value in options.items()}
+        self._options = {
+            key: ("on" if value else "off") if isinstance(value, bool) else str(value) for key, value in options.items()
+        }
         self._nodes: list[Node] = []
         self._parameters: dict[str, Parameter] = {}
         self._shapes: dict[str, Shape] = {}
@@ -91,8 +95,11 @@ class Builder:
         with self._block(prefix, count):
             y = layer(x)
         if y.shape != x.shape:
-            raise DeriveError(f"a layer turns {shape_text(x.shape)} into {shape_text(y.shape)} and cannot repeat",
-                              where=_caller(), cure="end it with the shape it starts from")
+            raise DeriveError(
+                f"a layer turns {shape_text(x.shape)} into {shape_text(y.shape)} and cannot repeat",
+                where=_caller(),
+                cure="end it with the shape it starts from",
+            )
         return y
 
     # -- ops ----------------------------------------------------------------------------------------------------
@@ -102,13 +109,14 @@ class Builder:
         table = self._parameter(name, (as_group(vocabulary), as_group(out)))
         return self._apply("embedding", (table,), name=output)
 
-    def linear(self, x: Tensor, name: str, out: Dim | Group, *, bias: bool = False, output: str | None = None) -> Tensor:
+    def linear(
+        self, x: Tensor, name: str, out: Dim | Group, *, bias: bool = False, output: str | None = None
+    ) -> Tensor:
         """y = W x over the last axis of x; W is [out, in]."""
         weight = self._parameter(name, (as_group(out), x.shape[-1]))
         y = self._apply("linear", (x, weight), name=None if bias else output)
         if bias:
-            shift = self._parameter(f"{name}_bias", y.shape[-1:], random=False, suffix="",
-                                    pattern=f"{name}.bias")
+            shift = self._parameter(f"{name}_bias", y.shape[-1:], random=False, suffix="", pattern=f"{name}.bias")
             y = self._apply("add", (y, shift), name=output)
         return y
 
@@ -119,11 +127,11 @@ class Builder:
             raise DeriveError(f"no parameter {role!r} to tie to", where=_caller(), cure="declare it first")
         return Tensor(role, self._parameters[role].shape)
 
-    def readout(self, x: Tensor, name: str, vocabulary: Dim, *, tied_to: str | None = None,
-                output: str | None = "logits") -> Tensor:
+    def readout(
+        self, x: Tensor, name: str, vocabulary: Dim, *, tied_to: str | None = None, output: str | None = "logits"
+    ) -> Tensor:
         """Logits = multiplier · W x. The multiplier is a rule of its own, of role ``name``; W may be a tied table."""
-        weight = (self.tied_table(tied_to) if tied_to
-                  else self._parameter(name, (as_group(vocabulary), x.shape[-1])))
+        weight = self.tied_table(tied_to) if tied_to else self._parameter(name, (as_group(vocabulary), x.shape[-1]))
         return self._apply("linear", (x, weight), name=output, carrier=name.rsplit(".", 1)[-1])
 
     def conv1d(self, x: Tensor, name: str, taps: Dim, *, output: str | None = None) -> Tensor:
@@ -140,8 +148,9 @@ class Builder:
         """A sum into a residual stream, which keeps a scale of Θ(1)."""
         return self._apply("residual", (x, branch), name=output)
 
-    def scale(self, x: Tensor, power: int | str | Expr = 0, *, multiplier: str | None = None,
-              output: str | None = None) -> Tensor:
+    def scale(
+        self, x: Tensor, power: int | str | Expr = 0, *, multiplier: str | None = None, output: str | None = None
+    ) -> Tensor:
         """x · n^power, times a multiplier of role ``multiplier`` that the engine solves for, where given."""
         return self._apply("scale", (x,), name=output, power=exponent(power), carrier=multiplier)
 
@@ -162,8 +171,15 @@ class Builder:
         """silu, gelu, relu, sigmoid, softplus, exp, tanh."""
         return self._apply(function, (x,), name=output)
 
-    def norm(self, x: Tensor, name: str | None = None, *, kind: str = "rms_norm", eps: float = 1e-5,
-             output: str | None = None) -> Tensor:
+    def norm(
+        self,
+        x: Tensor,
+        name: str | None = None,
+        *,
+        kind: str = "rms_norm",
+        eps: float = 1e-5,
+        output: str | None = None,
+    ) -> Tensor:
         """Normalize the last axis (``rms_norm``, ``layer_norm``, ``l2_norm``), with a gain called ``name`` if given;
         a gain spans the last axis alone and is shared along the others."""
         y = self._apply(kind, (x,), name=None if name else output, axis=x.shape[-1], eps=eps)
@@ -172,20 +188,43 @@ class Builder:
         gain = self._parameter(name, x.shape[-1:], random=False)
         return self._apply("einsum", (y, gain), name=output, shape=x.shape)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, multiplier: str | None = "attn_scale",
-                  power: int | str | Expr = 0, output: str | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        multiplier: str | None = "attn_scale",
+        power: int | str | Expr = 0,
+        output: str | None = None,
+    ) -> Tensor:
         """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit."""
         heads = q.shape[:-1]
         scores = self.contract(q, k, *heads)
         probabilities = self.pointwise("softmax", self.scale(scores, power, multiplier=multiplier, output="scores"))
         return self.contract(probabilities, v, *heads, v.shape[-1], output=output)
 
-    def scan(self, q: Tensor, k: Tensor, v: Tensor, *, decay: Tensor | None = None, strength: Tensor | None = None,
-             power: int | str | Expr = 0, output: str | None = None) -> Tensor:
+    def scan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        decay: Tensor | None = None,
+        strength: Tensor | None = None,
+        power: int | str | Expr = 0,
+        output: str | None = None,
+    ) -> Tensor:
         """The gated delta rule and its kin (see ops/scan.py): o = n^power · S q, S decayed and written over time."""
         gates = tuple(gate for gate in (decay, strength) if gate is not None)
-        return self._apply("scan", (q, k, v, *gates), name=output, power=exponent(power), decay=decay is not None,
-                           strength=strength is not None)
+        return self._apply(
+            "scan",
+            (q, k, v, *gates),
+            name=output,
+            power=exponent(power),
+            decay=decay is not None,
+            strength=strength is not None,
+        )
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
         """The loss: mean cross-entropy over tokens."""
@@ -201,20 +240,37 @@ class Builder:
         Raises:
             DeriveError: when it has no loss, or is not well formed.
         """
-        graph = Graph(self._name, tuple(self._nodes), MappingProxyType(dict(self._parameters)),
-                      MappingProxyType(dict(self._shapes)), tuple(self._named), MappingProxyType(self._options))
+        graph = Graph(
+            self._name,
+            tuple(self._nodes),
+            MappingProxyType(dict(self._parameters)),
+            MappingProxyType(dict(self._shapes)),
+            tuple(self._named),
+            MappingProxyType(self._options),
+        )
         if not any(node.op == "cross_entropy" for node in graph.ordered):
             raise DeriveError(f"architecture {self._name!r} has no loss", cure="end it with Builder.cross_entropy")
         return graph
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _parameter(self, name: str, shape: Shape, random: bool = True, trainable: bool = True, *,
-                   suffix: str = ".weight", pattern: str | None = None) -> Tensor:
+    def _parameter(
+        self,
+        name: str,
+        shape: Shape,
+        random: bool = True,
+        trainable: bool = True,
+        *,
+        suffix: str = ".weight",
+        pattern: str | None = None,
+    ) -> Tensor:
         role = name.rsplit(".", 1)[-1]
         if role in self._shapes:
-            raise DeriveError(f"the name {role!r} is taken", where=_caller(),
-                              cure="give each parameter a role of its own, or tie them")
+            raise DeriveError(
+                f"the name {role!r} is taken",
+                where=_caller(),
+                cure="give each parameter a role of its own, or tie them",
+            )
         if not role.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
             raise DeriveError(f"{name!r} is not a dotted name", where=_caller(), cure="use letters, digits and _")
         full = f"{self._prefix}{pattern or name + suffix}"
@@ -222,26 +278,34 @@ class Builder:
         self._shapes[role] = shape
         return Tensor(role, shape)
 
+    def _describe(self, op: str, inputs: tuple[Tensor, ...]) -> str:
+        """A name for a tensor the author did not name, which proofs can be read by: ``silu(z_gate)``."""
+        sources = [tensor.name for tensor in inputs]
+        text = "·".join(sources) if op == "einsum" else f"{op}({', '.join(sources)})"
+        return text if len(text) <= 40 and text not in self._shapes else f"{op}_{len(self._nodes)}"
+
     def _apply(self, op: str, inputs: tuple[Tensor, ...], *, name: str | None, **attrs: Any) -> Tensor:
         where = _caller()
-        output = name or f"{op}_{len(self._nodes)}"
+        output = name or self._describe(op, inputs)
         if output in self._shapes:
             raise DeriveError(f"the name {output!r} is taken", where=where, cure="give each tensor its own name")
         if op not in OPS:
             raise DeriveError(f"there is no op {op!r}", where=where, cure=f"known: {', '.join(sorted(OPS))}")
         for tensor in inputs:
             if self._shapes.get(tensor.name) != tensor.shape:
-                raise DeriveError(f"tensor {tensor.name!r} is not part of this description", where=where,
-                                  cure="use tensors that this builder returned")
+                raise DeriveError(
+                    f"tensor {tensor.name!r} is not part of this description",
+                    where=where,
+                    cure="use tensors that this builder returned",
+                )
         try:
             shape = OPS[op].shape([tensor.shape for tensor in inputs], attrs)
         except DeriveError as error:
             raise DeriveError(error.what, where=f"{op} at {where}", cure=error.cure) from None
-        self._nodes.append(Node(op, tuple(tensor.name for tensor in inputs), output, shape,
-                                MappingProxyType(dict(attrs)), where))
+        self._nodes.append(
+            Node(op, tuple(tensor.name for tensor in inputs), output, shape, MappingProxyType(dict(attrs)), where)
+        )
         self._shapes[output] = shape
         if name:
             self._named.append(name)
         return Tensor(output, shape)
-
-

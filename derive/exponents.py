@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import combinations, product
 
 from sympy import Expr, Integer, Max, Min, Rational, Symbol
+
 from widthwise.derive.errors import DeriveError
 
 ZERO: Expr = Integer(0)
@@ -26,7 +27,7 @@ def exponent(value: int | str | Expr) -> Expr:
     """An exponent from a number, a text such as ``"h/2 - 1"``, or a SymPy expression (floats are refused)."""
     if isinstance(value, Expr):
         return value
-    if isinstance(value, bool) or isinstance(value, float):
+    if isinstance(value, bool | float):
         raise DeriveError(f"the exponent {value!r} is not exact", cure='write a fraction, for example "1/2"')
     return Integer(value) if isinstance(value, int) else parse(value)
 
@@ -47,8 +48,10 @@ def _corners(form: Expr) -> tuple[dict[Symbol, Expr], ...]:
     if not pieces:
         return tuple(dict(zip(symbols, corner, strict=True)) for corner in product((ZERO, ONE), repeat=len(symbols)))
     if len(symbols) > 1:
-        raise DeriveError(f"cannot decide the sign of {show(form)} in several symbolic exponents",
-                          cure="give all but one of them a number")
+        raise DeriveError(
+            f"cannot decide the sign of {show(form)} in several symbolic exponents",
+            cure="give all but one of them a number",
+        )
     (symbol,) = symbols
     slope = symbol  # a kink lies where two arguments of a Max or Min cross
     points = {ZERO, ONE}
@@ -85,6 +88,12 @@ def show(value: Expr) -> str:
     ('h/2 - 1', '-1/2', 'min(0, h - 1/2)')
     """
     return str(value).replace("Max(", "max(").replace("Min(", "min(")
+
+
+def n_to(value: Expr) -> str:
+    """A power of the width as text: ``n^-1/2``, ``n^(h/2 - 1)``."""
+    text = show(value)
+    return f"n^({text})" if " " in text else f"n^{text}"
 
 
 _TOKEN = re.compile(r"\s*(?:(\d{1,6})|([a-z][a-z0-9_]{0,15})|([-+*/(),]))")
@@ -159,5 +168,3 @@ def parse(text: str) -> Expr:
     if tokens != [""]:
         raise refused
     return value
-
-

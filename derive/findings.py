@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from widthwise.derive.backward import Backward
-from widthwise.derive.exponents import HALF, ZERO, at_most, show
+from widthwise.derive.exponents import HALF, ZERO, at_most, n_to
 from widthwise.derive.forward import Forward
 from widthwise.derive.graph import atoms, extent
 from widthwise.derive.ops.norm import divisor
@@ -30,11 +30,13 @@ def sinking_norms(walk: Forward) -> Iterator[Finding]:
             continue
         where = maker.inputs[0] if maker is not None and carrier else source
         cured = at_most(ZERO, size)
-        message = (f"{where} has size n^{show(bare)} in front of a norm with eps {node.attrs['eps']:g}: as the width "
-                   f"grows it sinks below eps and the output dies")
-        cure = f"a multiplier n^{show(-bare)} before the norm, or its eps ∝ n^{show(2 * bare)}"
+        message = (
+            f"{where} has size {n_to(bare)} in front of a norm with eps {node.attrs['eps']:g}: as the width "
+            f"grows it sinks below eps and the output dies"
+        )
+        cure = f"a multiplier {n_to(-bare)} before the norm, or its eps ∝ {n_to(2 * bare)}"
         if cured:
-            cure += f" (applied here: {carrier} = n^{show(applied)})"
+            cure += f" (applied here: {carrier} = {n_to(applied)})"
         yield Finding("norm-eps", where, bare, message, cure)
 
 
@@ -52,11 +54,15 @@ def loud_operators(walk: Forward) -> Iterator[Finding]:
         multiplier = walk.knobs.value(walk.multiplier(node, node.inputs[1]))
         excess = multiplier + weight.init.size + operator_norm(fan_in, fan_out) + x.change
         if "absolute" in walk.demands(node.output) and not at_most(excess, ZERO):
-            yield Finding("operator-norm", role, excess,
-                          f"the contribution of {role} to {node.output} grows as n^{show(excess)} once training aligns "
-                          f"{node.inputs[0]} with the initial weight: its operator norm exceeds its incoherent size, "
-                          f"because it has fewer outputs than inputs",
-                          f"initialize {role} with std ∝ n^{show(weight.init.size - excess)}")
+            yield Finding(
+                "operator-norm",
+                role,
+                excess,
+                f"the contribution of {role} to {node.output} grows as {n_to(excess)} once training aligns "
+                f"{node.inputs[0]} with the initial weight: its operator norm exceeds its incoherent size, "
+                f"because it has fewer outputs than inputs",
+                f"initialize {role} with std ∝ {n_to(weight.init.size - excess)}",
+            )
 
 
 def nonlinear_means(walk: Forward) -> Iterator[Finding]:
@@ -65,13 +71,22 @@ def nonlinear_means(walk: Forward) -> Iterator[Finding]:
         gap = met.partial.axis.exponent * HALF
         node = met.node
         practical = met.partial.crossover > met.partial.axis.practical
-        now = ("incoherent up to there (this table)" if practical and walk.assume.nonlinear_mean == "crossover"
-               else "coherent (this table)" if walk.assume.nonlinear_mean != "ignored" else "ignored (this table)")
-        yield Finding("nonlinear-coherence", node.output, gap,
-                      f"the inner product over {met.partial.axis} behind {node.output} has a mean fraction of "
-                      f"{met.partial.fraction:.3f}, left by a nonlinearity: beyond {met.partial.axis} ≈ "
-                      f"{met.partial.crossover:.0f} it is coherent and n^{show(gap)} larger; {now}",
-                      "derive with --regime asymptotic for axes longer than that")
+        now = (
+            "incoherent up to there (this table)"
+            if practical and walk.assume.nonlinear_mean == "crossover"
+            else "coherent (this table)"
+            if walk.assume.nonlinear_mean != "ignored"
+            else "ignored (this table)"
+        )
+        yield Finding(
+            "nonlinear-coherence",
+            node.output,
+            gap,
+            f"the inner product over {met.partial.axis} behind {node.output} has a mean fraction of "
+            f"{met.partial.fraction:.3f}, left by a nonlinearity: beyond {met.partial.axis} ≈ "
+            f"{met.partial.crossover:.0f} it is coherent and {n_to(gap)} larger; {now}",
+            "derive with --regime asymptotic for axes longer than that",
+        )
 
 
 def off_scale_inputs(walk: Forward) -> Iterator[Finding]:
@@ -83,11 +98,16 @@ def off_scale_inputs(walk: Forward) -> Iterator[Finding]:
         size = walk.states[source].init.size
         if not at_most(ZERO, size):
             trained = walk.states[source].trained
-            yield Finding("vanishing-input", source, size,
-                          f"{source} is n^{show(size)} at initialization, so {node.op} starts out at its value at "
-                          f"zero; training brings it to n^{show(trained)}",
-                          "none needed where training brings it to n^0" if at_most(ZERO, trained)
-                          else f"raise what makes {source} by n^{show(-trained)}")
+            yield Finding(
+                "vanishing-input",
+                source,
+                size,
+                f"{source} is {n_to(size)} at initialization, so {node.op} starts out at its value at "
+                f"zero; training brings it to {n_to(trained)}",
+                "none needed where training brings it to n^0"
+                if at_most(ZERO, trained)
+                else f"raise what makes {source} by {n_to(-trained)}",
+            )
 
 
 def broken_bounds(walk: Forward) -> Iterator[Finding]:
@@ -96,9 +116,13 @@ def broken_bounds(walk: Forward) -> Iterator[Finding]:
         fact = violation.constraint.fact
         if fact.because.startswith("W₀·Δx: "):
             continue  # told by loud_operators, which names the weight
-        yield Finding("growth", fact.subject, violation.excess,
-                      f"{fact.subject} is n^{show(violation.excess)} too large: {violation.constraint.reason}",
-                      f"lower what makes it by n^{show(-violation.excess)}")
+        yield Finding(
+            "growth",
+            fact.subject,
+            violation.excess,
+            f"{fact.subject} is {n_to(violation.excess)} too large: {violation.constraint.reason}",
+            f"lower what makes it by {n_to(-violation.excess)}",
+        )
 
 
 def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Finding]:
@@ -107,11 +131,15 @@ def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Fin
         for knob in ("init_std", "multiplier", "lr"):
             mine, theirs = getattr(rule, knob), getattr(other, knob)
             if mine is not None and mine != theirs:
-                yield Finding("crossover", rule.role, theirs - mine,
-                              f"{knob} of {rule.role} is n^{show(mine)} below the crossovers and n^{show(theirs)} past "
-                              "them, where means left by nonlinearities dominate and training has aligned forward with "
-                              "backward",
-                              "derive with --regime asymptotic for widths past them (docs/theory.md has estimates)")
+                yield Finding(
+                    "crossover",
+                    rule.role,
+                    theirs - mine,
+                    f"{knob} of {rule.role} is {n_to(mine)} below the crossovers and {n_to(theirs)} past "
+                    "them, where means left by nonlinearities dominate and training has aligned forward with "
+                    "backward",
+                    "derive with --regime asymptotic for widths past them (docs/theory.md has estimates)",
+                )
 
 
 def collect(walk: Backward) -> tuple[Finding, ...]:
@@ -121,5 +149,3 @@ def collect(walk: Backward) -> tuple[Finding, ...]:
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())
-
-

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from sympy import Expr
+
 from widthwise.derive.assume import Assumptions
-from widthwise.derive.exponents import ZERO, largest, show
+from widthwise.derive.exponents import ZERO, largest, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Graph, Node, Parameter
 from widthwise.derive.ops.registry import OPS, Tolerance, lookup
@@ -85,12 +86,18 @@ class Forward:
         size = self.knobs.unknown(INIT, role, parameter.where)
         odd: dict[Flip, float] = {}
         if parameter.random:
-            odd = {Flip(role, frozenset(dim.name for dim in group.dims), side): 0.0
-                   for side, group in enumerate(parameter.shape)}
-        fact = Fact(f"initial {role}", size, "drawn from a sign-symmetric law" if parameter.random
-                    else "a fixed or one-sided base value")
-        bare = parameter.trainable and any(OPS[node.op].tolerance(slot) != "weight" for node, slot in uses
-                                           if node.op in OPS)
+            odd = {
+                Flip(role, frozenset(dim.name for dim in group.dims), side): 0.0
+                for side, group in enumerate(parameter.shape)
+            }
+        fact = Fact(
+            f"initial {role}",
+            size,
+            "drawn from a sign-symmetric law" if parameter.random else "a fixed or one-sided base value",
+        )
+        bare = parameter.trainable and any(
+            OPS[node.op].tolerance(slot) != "weight" for node, slot in uses if node.op in OPS
+        )
         return State(signal(size, odd), fact, (self._own_step(role, role, parameter.where),) if bare else ())
 
     def _own_step(self, role: str, output: str, where: str) -> Change:
@@ -116,8 +123,7 @@ class Forward:
     def inputs(self, node: Node) -> tuple[State, ...]:
         return tuple(self.states[source] for source in node.inputs)
 
-    def contract(self, node: Node, a: Signal, b: Signal, over: tuple[Dim, ...],
-                 branch: str = "") -> tuple[Signal, str]:
+    def contract(self, node: Node, a: Signal, b: Signal, over: tuple[Dim, ...], branch: str = "") -> tuple[Signal, str]:
         """Multiply and sum two forward signals, noting any small mean that was met."""
         outcome = contract(a, b, over, branch or self.assume.activations, self.assume.nonlinear_mean)
         self.met.extend(Met(node, partial) for partial in outcome.partial)
@@ -138,18 +144,30 @@ class Forward:
         state = self.states[tensor]
         demands = self.demands(tensor)
         # In this order: where several bounds tie, the first is named as the one that binds.
-        bounds = [Constraint(term.size, ZERO, f"{tensor} must stay Θ(1) at initialization", state.fact)
-                  for term in state.init.terms]
+        bounds = [
+            Constraint(term.size, ZERO, f"{tensor} must stay Θ(1) at initialization", state.fact)
+            for term in state.init.terms
+        ]
         if "absolute" in demands:
-            bounds += [Constraint(change.size, ZERO, f"{tensor} tolerates a change of Θ(1)" if change.own else
-                                  f"changes that reach {tensor} from upstream must stay Θ(1)", change.fact)
-                       for change in state.changes]
+            bounds += [
+                Constraint(
+                    change.size,
+                    ZERO,
+                    f"{tensor} tolerates a change of Θ(1)"
+                    if change.own
+                    else f"changes that reach {tensor} from upstream must stay Θ(1)",
+                    change.fact,
+                )
+                for change in state.changes
+            ]
         self.knobs.impose(bounds)
         if "absolute" not in demands:
             size = self.knobs.resolved(state.init).size
             self.knobs.impose(
-                Constraint(change.size, size, f"{tensor} tolerates a change of its own size, n^{show(size)}",
-                           change.fact) for change in state.changes if change.own)
+                Constraint(change.size, size, f"{tensor} tolerates a change of its own size, {n_to(size)}", change.fact)
+                for change in state.changes
+                if change.own
+            )
         self.states[tensor] = self._resolved(state)
 
     def demands(self, tensor: str) -> set[Tolerance]:
@@ -162,5 +180,8 @@ class Forward:
 
     def _resolved(self, state: State) -> State:
         value = self.knobs.value
-        return replace(state, init=self.knobs.resolved(state.init),
-                       changes=tuple(change._replace(size=value(change.size)) for change in state.changes))
+        return replace(
+            state,
+            init=self.knobs.resolved(state.init),
+            changes=tuple(change._replace(size=value(change.size)) for change in state.changes),
+        )

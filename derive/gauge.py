@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sympy import Expr
+
 from widthwise.derive.backward import Backward
 from widthwise.derive.errors import unknown_name
-from widthwise.derive.exponents import ZERO
+from widthwise.derive.exponents import ZERO, n_to
 from widthwise.derive.graph import Node
 from widthwise.derive.optimizers import Law, Weight, decay_exponent
 from widthwise.derive.rules import Derived
@@ -22,15 +23,31 @@ GAUGES = ("multiplier", "absorbed")
 
 def moved(rule: Derived, law: Law, theta: Expr) -> Derived:
     """The same rule with its multiplier raised by n^theta and init, lr, weight decay and eps following."""
-    assert rule.update is not None and rule.rule.init_std is not None and rule.rule.multiplier is not None
+    assert rule.update is not None
+    assert rule.rule.init_std is not None
+    assert rule.rule.multiplier is not None
     before = rule.update.weight
     after = Weight(before.gradient + theta, before.entry - theta, before.fan_in, before.fan_out, before.matrix)
     lr = rule.update.lr - theta + law.step(before).entry - law.step(after).entry
-    update = replace(rule.update, lr=lr, weight=after, weight_decay=decay_exponent(law, after, lr),
-                     eps=law.eps(after) if law.eps else None)
-    return replace(rule, update=update, rule=replace(
-        rule.rule, multiplier=rule.rule.multiplier + theta, init_std=rule.rule.init_std - theta, lr=lr,
-        weight_decay=update.weight_decay, eps=update.eps))
+    update = replace(
+        rule.update,
+        lr=lr,
+        weight=after,
+        weight_decay=decay_exponent(law, after, lr),
+        eps=law.eps(after) if law.eps else None,
+    )
+    return replace(
+        rule,
+        update=update,
+        rule=replace(
+            rule.rule,
+            multiplier=rule.rule.multiplier + theta,
+            init_std=rule.rule.init_std - theta,
+            lr=lr,
+            weight_decay=update.weight_decay,
+            eps=update.eps,
+        ),
+    )
 
 
 def absorbed(walk: Backward, law: Law, rules: Sequence[Derived], gauge: str) -> tuple[Derived, ...]:
@@ -58,25 +75,35 @@ def absorbed(walk: Backward, law: Law, rules: Sequence[Derived], gauge: str) -> 
             by_role[role] = moved(rule, law, -theta)
         else:
             taking = by_role[owner]
-            shifted = moved(replace(taking, rule=replace(taking.rule, multiplier=taking.rule.multiplier + theta)),  # type: ignore[operator]
-                            law, -theta)
-            note = f"absorbs the multiplier of {role}, n^{theta}"
+            assert taking.rule.multiplier is not None
+            shifted = moved(
+                replace(taking, rule=replace(taking.rule, multiplier=taking.rule.multiplier + theta)), law, -theta
+            )
+            note = f"absorbs the multiplier of {role}, {n_to(theta)}"
             by_role[owner] = replace(shifted, rule=replace(shifted.rule, binding=f"{shifted.rule.binding}; {note}"))
-            by_role[role] = replace(rule, rule=replace(rule.rule, multiplier=ZERO,
-                                                       binding=f"{rule.rule.binding}; absorbed into {owner}"))
+            by_role[role] = replace(
+                rule, rule=replace(rule.rule, multiplier=ZERO, binding=f"{rule.rule.binding}; absorbed into {owner}")
+            )
     return tuple(by_role.values())
 
 
 def _into_eps(rule: Derived, norm: Node, theta: Expr) -> Derived:
     """RMSNorm(m·x; eps) = RMSNorm(x; eps/m²)."""
-    return replace(rule, rule=replace(
-        rule.rule, multiplier=ZERO, norm_eps=-2 * theta,
-        binding=f"{rule.rule.binding}; absorbed into the eps of the norm that makes {norm.output}"))
+    return replace(
+        rule,
+        rule=replace(
+            rule.rule,
+            multiplier=ZERO,
+            norm_eps=-2 * theta,
+            binding=f"{rule.rule.binding}; absorbed into the eps of the norm that makes {norm.output}",
+        ),
+    )
 
 
 def _stays(rule: Derived) -> Derived:
-    return replace(rule, rule=replace(
-        rule.rule, binding=f"{rule.rule.binding}; kept: no single untied weight can absorb it"))
+    return replace(
+        rule, rule=replace(rule.rule, binding=f"{rule.rule.binding}; kept: no single untied weight can absorb it")
+    )
 
 
 def _norm_behind(walk: Backward, node: Node) -> Node | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import networkx as nx
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ZERO
 
@@ -137,16 +138,22 @@ class Graph:
         for node in self.nodes:
             for source in node.inputs:
                 if source not in makers and source not in self.parameters:
-                    raise DeriveError(f"{node.op} reads {source!r}, which nothing makes", where=node.where,
-                                      cure="add it with Builder.input or Builder.parameter")
+                    raise DeriveError(
+                        f"{node.op} reads {source!r}, which nothing makes",
+                        where=node.where,
+                        cure="add it with Builder.input or Builder.parameter",
+                    )
         try:
             # lexicographic by place in the description, so that the walk and its proofs read in the author's order
             place = {node.output: index for index, node in enumerate(self.nodes)}
             order = list(nx.lexicographical_topological_sort(self.network, key=lambda name: place.get(name, -1)))
         except nx.NetworkXUnfeasible:
             cycle = [edge[0] for edge in nx.find_cycle(self.network)]
-            raise DeriveError(f"the graph has a cycle through {' → '.join(cycle)}", where=makers[cycle[0]].where,
-                              cure="a recurrence over time is the scan op, not a cycle") from None
+            raise DeriveError(
+                f"the graph has a cycle through {' → '.join(cycle)}",
+                where=makers[cycle[0]].where,
+                cure="a recurrence over time is the scan op, not a cycle",
+            ) from None
         return tuple(makers[name] for name in order if name in makers)
 
     def consumers(self, tensor: str) -> Iterator[tuple[Node, int]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sympy import Expr
+
 from widthwise.derive.errors import unknown_name
 from widthwise.derive.exponents import HALF, ZERO, largest
 

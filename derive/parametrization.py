@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError, unknown_name
 from widthwise.derive.exponents import HALF, ZERO, exponent, largest
 from widthwise.derive.graph import Graph, atoms, extent
@@ -22,13 +23,14 @@ PARAMETRIZATIONS: Mapping[str, Convention] = {
     "standard": lambda fan_in, fan_out: (-fan_in * HALF, ZERO),
     "ntk": lambda fan_in, fan_out: (ZERO, -fan_in * HALF),
     "mean-field": lambda fan_in, fan_out: (ZERO, -operator_norm(fan_in, fan_out)),
-    "mup": lambda fan_in, fan_out: (-largest((fan_in, fan_out)) * HALF,
-                                    -operator_norm(fan_in, fan_out) + largest((fan_in, fan_out)) * HALF),
+    "mup": lambda fan_in, fan_out: (
+        -largest((fan_in, fan_out)) * HALF,
+        -operator_norm(fan_in, fan_out) + largest((fan_in, fan_out)) * HALF,
+    ),
 }
 
 
-def fixed_knobs(graph: Graph, parametrization: str | None,
-                by_hand: Mapping[str, str | int | Expr] | None) -> Fixed:
+def fixed_knobs(graph: Graph, parametrization: str | None, by_hand: Mapping[str, str | int | Expr] | None) -> Fixed:
     """All knobs a request fixes, by (knob, role) for init and multiplier and (role, "lr") for learning rates.
 
     Raises:

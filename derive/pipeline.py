@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sympy import Expr
+
 from widthwise.derive.assume import Assumptions, assumptions, in_regime
 from widthwise.derive.backward import Backward
 from widthwise.derive.findings import collect, other_branch
@@ -19,9 +20,17 @@ from widthwise.derive.table import RuleTable
 from widthwise.derive.update import solve_updates
 
 
-def derive(graph: Graph, optimizer: str = "adamw", assume: str | Assumptions | None = None, *,
-           preset: str | None = None, regime: str | None = None, parametrization: str | None = None,
-           fix: Mapping[str, str | int | Expr] | None = None, gauge: str = "multiplier") -> RuleTable:
+def derive(
+    graph: Graph,
+    optimizer: str = "adamw",
+    assume: str | Assumptions | None = None,
+    *,
+    preset: str | None = None,
+    regime: str | None = None,
+    parametrization: str | None = None,
+    fix: Mapping[str, str | int | Expr] | None = None,
+    gauge: str = "multiplier",
+) -> RuleTable:
     """Derive how every knob of every parameter must scale with width.
 
     Args:

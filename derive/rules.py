@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sympy import Expr
+
 from widthwise.derive.backward import Backward
 from widthwise.derive.exponents import ZERO
 from widthwise.derive.facts import Fact, ancestry
@@ -39,11 +40,11 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
-        node = carriers.get(role)
+        carrying = carriers.get(role)
         if parameter is not None:
-            derived.append(_of_parameter(walk, parameter, updates.get(role), node))
-        elif node is not None:
-            derived.append(_of_multiplier(walk, role, node))
+            derived.append(_of_parameter(walk, parameter, updates.get(role), carrying))
+        elif carrying is not None:
+            derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)
 
 
@@ -58,20 +59,34 @@ def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, n
     if update is not None:
         facts.append(update.binding)
     proof = tuple(facts)
-    return Derived(Rule(
-        role, parameter.patterns, tuple(map(str, parameter.shape)),
-        init_std=walk.states[role].init.size, multiplier=multiplier,
-        lr=update.lr if update else None, weight_decay=update.weight_decay if update else None,
-        eps=update.eps if update else None,
-        binding="; ".join(f"{fact.subject.split(' of ')[0]}: {fact.because}" for fact in proof),
-        assumed=_assumed(proof)), proof, update, node)
+    return Derived(
+        Rule(
+            role,
+            parameter.patterns,
+            tuple(map(str, parameter.shape)),
+            init_std=walk.states[role].init.size,
+            multiplier=multiplier,
+            lr=update.lr if update else None,
+            weight_decay=update.weight_decay if update else None,
+            eps=update.eps if update else None,
+            binding="; ".join(f"{fact.subject.split(' of ')[0]}: {fact.because}" for fact in proof),
+            assumed=_assumed(proof),
+        ),
+        proof,
+        update,
+        node,
+    )
 
 
 def _of_multiplier(walk: Backward, role: str, node: Node) -> Derived:
     fact = walk.knobs.bindings[walk.knobs.symbol(MULTIPLIER, role)]
     value: Expr = walk.knobs.values[walk.knobs.symbol(MULTIPLIER, role)]
-    return Derived(Rule(role, multiplier=value, binding=f"multiplier: {fact.because}", assumed=_assumed((fact,))),
-                   (fact,), None, node)
+    return Derived(
+        Rule(role, multiplier=value, binding=f"multiplier: {fact.because}", assumed=_assumed((fact,))),
+        (fact,),
+        None,
+        node,
+    )
 
 
 def _assumed(facts: tuple[Fact, ...]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import inf, sqrt
 
 from sympy import Expr
+
 from widthwise.derive.exponents import HALF, ZERO, largest
 from widthwise.derive.graph import Dim
 
@@ -65,8 +66,9 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
         key = frozenset(term.odd)
         if key in together:
             other = together[key]
-            together[key] = Term(largest((term.size, other.size)),
-                                 {flip: max(term.odd[flip], other.odd[flip]) for flip in key})
+            together[key] = Term(
+                largest((term.size, other.size)), {flip: max(term.odd[flip], other.odd[flip]) for flip in key}
+            )
         else:
             together[key] = term
     return tuple(together.values())
@@ -74,6 +76,7 @@ def merged(terms: Iterable[Term]) -> tuple[Term, ...]:
 
 def through(x: Signal, weight: Signal, over: tuple[Dim, ...], kept: frozenset[int]) -> Contraction:
     """Multiply by a random weight and sum over its other sides; the result is odd along the ``kept`` sides."""
+
     def sides(odd: Odd, wanted: bool) -> dict[Flip, float]:
         return {flip: mean for flip, mean in odd.items() if (flip.side in kept) == wanted}
 
@@ -146,7 +149,8 @@ def _coherent(left: Odd, right: Odd, axis: Dim, branch: str, means: str) -> tupl
         if touching:
             flip = min(touching, key=lambda each: (touching[each], each.source))
             fraction *= touching[flip]
-            witness = witness if witness and fraction else flip.source
+            if touching[flip] == 0.0:
+                witness = witness or flip.source
     if fraction == 0.0:
         return False, f"incoherent over {axis} (flipping {witness} along {axis} negates the terms one by one)", []
     if fraction == 1.0:

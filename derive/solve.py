@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sympy import Expr, Max, Symbol
+
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import ZERO, at_most, largest, show
+from widthwise.derive.exponents import ZERO, at_most, largest
 from widthwise.derive.facts import Fact
 from widthwise.derive.signal import Signal, Term
 
@@ -65,7 +66,7 @@ class Knobs:
     def fix(self, kind: str, name: str, value: Expr, because: str) -> None:
         symbol = self.symbol(kind, name)
         self.values[symbol] = value
-        self.bindings[symbol] = Fact(f"{kind} of {name}", value, because)
+        self.bindings[symbol] = Fact(_title(kind, name), value, because)
 
     def value(self, form: Expr) -> Expr:
         """A form with every solved knob replaced by its value."""
@@ -97,8 +98,11 @@ class Knobs:
                 continue
             if len(unknown) > 1:
                 names = ", ".join(sorted(map(str, unknown)))
-                raise DeriveError(f"one constraint bounds only the product of {names}", where=constraint.fact.subject,
-                                  cure="fix all but one of them")
+                raise DeriveError(
+                    f"one constraint bounds only the product of {names}",
+                    where=constraint.fact.subject,
+                    cure="fix all but one of them",
+                )
             (symbol,) = unknown
             bound = self.value(constraint.bound) - (form - symbol)
             if symbol not in tightest or not at_most(tightest[symbol][0], bound):
@@ -106,7 +110,7 @@ class Knobs:
         for symbol, (bound, constraint) in tightest.items():
             self.values[symbol] = bound
             kind, name, _ = self._open.pop(symbol)
-            self.bindings[symbol] = Fact(f"{kind} of {name}", bound, constraint.reason, (constraint.fact,))
+            self.bindings[symbol] = Fact(_title(kind, name), bound, constraint.reason, (constraint.fact,))
         for constraint in checks:
             excess = self.value(constraint.form) - self.value(constraint.bound)
             if not at_most(excess, ZERO):
@@ -116,13 +120,18 @@ class Knobs:
         """Refuse knobs that nothing bounded."""
         for kind, name, where in self._open.values():
             role = name.split("@")[0]
-            raise DeriveError(f"nothing bounds the {'step' if kind == STEP else kind} of {role!r}", where=where,
-                              cure="what it makes must reach the loss through an op with a scale of its own, "
-                                   "or the knob must be fixed")
+            raise DeriveError(
+                f"nothing bounds the {'step' if kind == STEP else kind} of {role!r}",
+                where=where,
+                cure="what it makes must reach the loss through an op with a scale of its own, "
+                "or the knob must be fixed",
+            )
 
     def holds(self) -> bool:
         """Whether every constraint met so far holds at the solution."""
         return all(at_most(self.value(each.form), self.value(each.bound)) for each in self.constraints)
 
-    def describe(self, kind: str, name: str) -> str:
-        return f"{kind}[{name}] = n^{show(self.values[self.symbol(kind, name)])}"
+
+def _title(kind: str, name: str) -> str:
+    role, _, output = name.partition("@")
+    return f"tolerated step of {role} in {output}" if kind == STEP else f"{kind} of {name}"

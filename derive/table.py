@@ -10,8 +10,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sympy import Expr
+
 from widthwise.derive.errors import unknown_name
-from widthwise.derive.exponents import HALF, ZERO, at_most, largest, show
+from widthwise.derive.exponents import HALF, ZERO, at_most, largest, n_to, show
 from widthwise.derive.facts import Fact, ancestry
 from widthwise.derive.graph import atoms, extent
 from widthwise.derive.optimizers import OPTIMIZERS
@@ -68,9 +69,12 @@ class TensorSize:
     coherent_in: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "forward": show(self.forward),
-                "gradient": None if self.gradient is None else show(self.gradient),
-                "coherent_in": list(self.coherent_in)}
+        return {
+            "name": self.name,
+            "forward": show(self.forward),
+            "gradient": None if self.gradient is None else show(self.gradient),
+            "coherent_in": list(self.coherent_in),
+        }
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,13 @@ class Finding:
     cure: str
 
     def as_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "where": self.where, "exponent": show(self.exponent), "message": self.message,
-                "cure": self.cure}
+        return {
+            "kind": self.kind,
+            "where": self.where,
+            "exponent": show(self.exponent),
+            "message": self.message,
+            "cure": self.cure,
+        }
 
 
 @dataclass(frozen=True)
@@ -102,23 +111,36 @@ class RuleTable:
     rules: tuple[Rule, ...]
     tensors: tuple[TensorSize, ...]
     findings: tuple[Finding, ...]
-    proofs: Mapping[str, tuple[Fact, ...]] = field(default_factory=lambda: MappingProxyType({}), compare=False,
-                                                   repr=False)
+    proofs: Mapping[str, tuple[Fact, ...]] = field(
+        default_factory=lambda: MappingProxyType({}), compare=False, repr=False
+    )
 
     @classmethod
-    def of(cls, walk: Backward, optimizer: str, derived: tuple[Derived, ...], findings: tuple[Finding, ...],
-           gauge: str) -> RuleTable:
+    def of(
+        cls, walk: Backward, optimizer: str, derived: tuple[Derived, ...], findings: tuple[Finding, ...], gauge: str
+    ) -> RuleTable:
         """The table of one finished derivation."""
         graph, assume = walk.graph, walk.assume
         norm = _global_norm(walk)
         return cls(
-            graph.name, optimizer, graph.options.get("scaling", "width"), assume.regime, gauge, dict(graph.options),
-            (f"{assume.name}: {assume.source}", *assume.statements(),
-             "optimizer: " + OPTIMIZERS[optimizer].summary,
-             f"clipping: the norm of all gradients is n^{show(norm)}, so a clip threshold ∝ n^{show(norm)} acts alike "
-             "at every width"),
-            tuple(each.rule for each in derived), _tensors(walk), findings,
-            {each.rule.role: tuple(_settled(walk, fact) for fact in ancestry(*each.facts)) for each in derived})
+            graph.name,
+            optimizer,
+            graph.options.get("scaling", "width"),
+            assume.regime,
+            gauge,
+            dict(graph.options),
+            (
+                f"{assume.name}: {assume.source}",
+                *assume.statements(),
+                "optimizer: " + OPTIMIZERS[optimizer].summary,
+                f"clipping: the norm of all gradients is {n_to(norm)}, so a clip threshold ∝ {n_to(norm)} acts alike "
+                "at every width",
+            ),
+            tuple(each.rule for each in derived),
+            _tensors(walk),
+            findings,
+            {each.rule.role: _proof(walk, each.facts) for each in derived},
+        )
 
     def with_findings(self, more: Iterable[Finding]) -> RuleTable:
         return replace(self, findings=(*self.findings, *more))
@@ -148,8 +170,12 @@ class RuleTable:
     def content(self) -> dict[str, Any]:
         """All that the hash covers, as plain values."""
         return {
-            "architecture": self.architecture, "optimizer": self.optimizer, "scaling": self.scaling,
-            "regime": self.regime, "gauge": self.gauge, "options": dict(sorted(self.options.items())),
+            "architecture": self.architecture,
+            "optimizer": self.optimizer,
+            "scaling": self.scaling,
+            "regime": self.regime,
+            "gauge": self.gauge,
+            "options": dict(sorted(self.options.items())),
             "assumptions": list(self.assumptions),
             "rules": [rule.as_dict() for rule in self.rules],
             "tensors": [tensor.as_dict() for tensor in self.tensors],
@@ -165,24 +191,39 @@ class RuleTable:
         return self.content() | {"hash": self.hash}
 
 
-def _settled(walk: Backward, fact: Fact) -> Fact:
-    return replace(fact, value=walk.knobs.settled(fact.value))
+def _proof(walk: Backward, facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
+    """Every fact these rest on, in order, with the knobs in their sizes replaced by their values."""
+    settled: dict[int, Fact] = {}
+    for fact in ancestry(*facts):
+        settled[id(fact)] = replace(
+            fact, value=walk.knobs.settled(fact.value), parents=tuple(settled[id(parent)] for parent in fact.parents)
+        )
+    return tuple(settled.values())
 
 
 def _global_norm(walk: Backward) -> Expr:
     """The exponent of the norm of all gradients together."""
-    return largest(walk.gradients[role].size + extent(atoms(parameter.shape)) * HALF
-                   for role, parameter in walk.graph.parameters.items() if role in walk.gradients)
+    return largest(
+        walk.gradients[role].size + extent(atoms(parameter.shape)) * HALF
+        for role, parameter in walk.graph.parameters.items()
+        if role in walk.gradients
+    )
 
 
 def _tensors(walk: Backward) -> tuple[TensorSize, ...]:
     sizes = []
     for name in walk.graph.named:
         signal = walk.forward.states[name].init
-        exact = [{axis for flip, mean in term.odd.items() if mean == 0.0 for axis in flip.axes}
-                 for term in signal.terms if at_most(signal.size, term.size)]
-        coherent = tuple(dim.name for dim in atoms(walk.graph.shapes[name])
-                         if dim.exponent != ZERO and any(dim.name not in axes for axes in exact))
+        exact = [
+            {axis for flip, mean in term.odd.items() if mean == 0.0 for axis in flip.axes}
+            for term in signal.terms
+            if at_most(signal.size, term.size)
+        ]
+        coherent = tuple(
+            dim.name
+            for dim in atoms(walk.graph.shapes[name])
+            if dim.exponent != ZERO and any(dim.name not in axes for axes in exact)
+        )
         gradient = walk.gradients.get(name)
         sizes.append(TensorSize(name, signal.size, gradient.size if gradient else None, coherent))
     return tuple(sizes)

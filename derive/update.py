@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sympy import Expr
+
 from widthwise.derive.backward import Backward
-from widthwise.derive.exponents import ZERO, at_most, show
+from widthwise.derive.exponents import ZERO, n_to, show, smallest
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Parameter, atoms, extent
 from widthwise.derive.ops.registry import OPS, lookup
@@ -40,8 +41,9 @@ def weight_of(walk: Backward, parameter: Parameter) -> Weight:
         fan_in=extent(atoms(parameter.shape[-1:])) if linear else ZERO,
         fan_out=extent(atoms(parameter.shape[:-1])) if linear else ZERO,
         # tables and readouts are given to the entrywise optimizer by every implementation of Muon
-        matrix=linear and not embedded and not any(
-            node.attrs.get("carrier") for node, _ in walk.graph.consumers(parameter.role)),
+        matrix=linear
+        and not embedded
+        and not any(node.attrs.get("carrier") for node, _ in walk.graph.consumers(parameter.role)),
     )
 
 
@@ -64,24 +66,28 @@ def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | No
         effects.append(effect)
         bounds.append(tolerated)
     candidates = [bound.value - effect.value for bound, effect in zip(bounds, effects, strict=True)]
-    best = 0
-    for index, candidate in enumerate(candidates):
-        if not at_most(candidates[best], candidate):
-            best = index
     if pinned is not None:
         lr, binding = pinned, Fact(f"lr of {role}", pinned, "fixed by the request")
     else:
-        lr = candidates[best]
-        for other in candidates:
-            if not at_most(lr, other):
-                from widthwise.derive.exponents import smallest
-                lr = smallest(candidates)
-        binding = Fact(f"lr of {role}", lr,
-                       f"{bounds[best].because}: the step moves it by n^(lr {_signed(effects[best].value)}) and it "
-                       f"tolerates n^{show(bounds[best].value)}", (effects[best], bounds[best]))
+        lr = smallest(candidates)
+        best = next((index for index, each in enumerate(candidates) if each == lr), 0)
+        binding = Fact(
+            f"lr of {role}",
+            lr,
+            f"{bounds[best].because}: the step moves it by n^(lr {_signed(effects[best].value)}) and it "
+            f"tolerates {n_to(bounds[best].value)}",
+            (effects[best], bounds[best]),
+        )
     eps = law.eps(weight) if law.eps else None
-    return Update(lr, decay_exponent(law, weight, lr), eps, binding, weight, tuple(effects),
-                  tuple(bound.value for bound in bounds))
+    return Update(
+        lr,
+        decay_exponent(law, weight, lr),
+        eps,
+        binding,
+        weight,
+        tuple(effects),
+        tuple(bound.value for bound in bounds),
+    )
 
 
 def _uses(walk: Backward, role: str, step: Step) -> list[tuple[Fact, Fact]]:
@@ -99,14 +105,20 @@ def _uses(walk: Backward, role: str, step: Step) -> list[tuple[Fact, Fact]]:
         size = knobs.value(op.effect(forward, node, step))
         inputs = tuple(forward.states[source].fact for source in node.inputs if source != role)
         aligned = forward.assume.own_step
-        effect = Fact(f"own step of {role} in {node.output}, over lr", size,
-                      f"step entries n^{show(step.entry)}; ΔW·x {aligned}" if inputs else
-                      f"step entries n^{show(step.entry)}, read one row at a time", (gradient, *inputs),
-                      frozenset((f"ΔW·x: {aligned}",)) if inputs else frozenset())
+        effect = Fact(
+            f"own step of {role} in {node.output}, over lr",
+            size,
+            f"step entries {n_to(step.entry)}; ΔW·x {aligned}"
+            if inputs
+            else f"step entries {n_to(step.entry)}, read one row at a time",
+            (gradient, *inputs),
+            frozenset((f"ΔW·x: {aligned}",)) if inputs else frozenset(),
+        )
         found.append((effect, knobs.bindings[knobs.symbol(STEP, f"{role}@{node.output}")]))
     if bare:
-        effect = Fact(f"own step of {role}, over lr", step.entry, f"step entries n^{show(step.entry)}, used entrywise",
-                      (gradient,))
+        effect = Fact(
+            f"own step of {role}, over lr", step.entry, f"step entries {n_to(step.entry)}, used entrywise", (gradient,)
+        )
         found.append((effect, knobs.bindings[knobs.symbol(STEP, f"{role}@{role}")]))
     return found
 

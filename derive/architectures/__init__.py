@@ -49,6 +49,8 @@ def architecture(name: str, **chosen: object) -> Graph:
         if option not in known:
             raise unknown_name(f"option of {name}", option, list(known))
         if type(value) is not type(known[option]):
-            raise DeriveError(f"option {option} of {name} cannot be {value!r}",
-                              cure=f"it is of the kind of its default, {known[option]!r}")
+            raise DeriveError(
+                f"option {option} of {name} cannot be {value!r}",
+                cure=f"it is of the kind of its default, {known[option]!r}",
+            )
     return ARCHITECTURES[name](**chosen)

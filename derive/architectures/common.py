@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sympy import Expr, Symbol
+
 from widthwise.derive.builder import Builder, Tensor
 from widthwise.derive.errors import unknown_name
 from widthwise.derive.exponents import ONE, ZERO
@@ -39,8 +40,9 @@ def gated_mlp(g: Builder, x: Tensor, width: Dim, ffn: Dim) -> Tensor:
     return g.linear(g.product(gate, up), "mlp.down_proj", width, output="mlp_out")
 
 
-def language_model(g: Builder, width: Dim, depth: int, tied: bool,
-                   mixer: Callable[[Tensor], Tensor], mlp: bool = True) -> None:
+def language_model(
+    g: Builder, width: Dim, depth: int, tied: bool, mixer: Callable[[Tensor], Tensor], mlp: bool = True
+) -> None:
     """Token embedding, ``depth`` pre-norm layers of a token mixer and a gated MLP, final norm, readout, loss."""
     vocabulary = g.dim("vocab")
 
@@ -54,6 +56,7 @@ def language_model(g: Builder, width: Dim, depth: int, tied: bool,
 
     x = g.embedding("model.embeddings", vocabulary, width, output="x")
     x = g.repeat("model.layers", depth, layer, x)
-    logits = g.readout(g.norm(x, "model.norm", output="x_final"), "lm_head", vocabulary,
-                       tied_to="embeddings" if tied else None)
+    logits = g.readout(
+        g.norm(x, "model.norm", output="x_final"), "lm_head", vocabulary, tied_to="embeddings" if tied else None
+    )
     g.cross_entropy(logits)

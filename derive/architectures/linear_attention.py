@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sympy import Rational
+
 from widthwise.derive.architectures.common import head_scaling, language_model
 from widthwise.derive.builder import Builder, Tensor
 from widthwise.derive.errors import DeriveError
@@ -17,8 +18,16 @@ def _qk_power(qk_scale: str, key_dim: Dim) -> object:
     return powers[qk_scale]
 
 
-def _features(g: Builder, h: Tensor, which: str, axes: Group, split: tuple[Dim | Group, ...], activation: bool,
-              conv: bool, taps: Dim) -> Tensor:
+def _features(
+    g: Builder,
+    h: Tensor,
+    which: str,
+    axes: Group,
+    split: tuple[Dim | Group, ...],
+    activation: bool,
+    conv: bool,
+    taps: Dim,
+) -> Tensor:
     """SiLU(conv(W h)), split into heads; either step can be left out."""
     z = g.linear(h, f"attn.{which}_proj", axes, output=f"z_{which}")
     if conv:
@@ -28,10 +37,22 @@ def _features(g: Builder, h: Tensor, which: str, axes: Group, split: tuple[Dim |
     return g.reshape(z, *split, output=which)
 
 
-def gated_deltanet(*, scaling: str = "heads-fixed", tied: bool = False, activation: bool = True, conv: bool = True,
-                   gate: bool = True, decay: bool = True, o_scale: bool = True, qk_scale: str = "1",
-                   expand_v: bool = True, value_groups: bool = False, mlp: bool = True, depth: int = 24,
-                   name: str = "gated_deltanet") -> Graph:
+def gated_deltanet(
+    *,
+    scaling: str = "heads-fixed",
+    tied: bool = False,
+    activation: bool = True,
+    conv: bool = True,
+    gate: bool = True,
+    decay: bool = True,
+    o_scale: bool = True,
+    qk_scale: str = "1",
+    expand_v: bool = True,
+    value_groups: bool = False,
+    mlp: bool = True,
+    depth: int = 24,
+    name: str = "gated_deltanet",
+) -> Graph:
     """The whole Gated DeltaNet language model as every implementation computes it (Yang et al. 2024,
     arXiv:2412.06464; scaling analysed by Liu & Gu 2026, arXiv:2606.04048).
 
@@ -46,8 +67,20 @@ def gated_deltanet(*, scaling: str = "heads-fixed", tied: bool = False, activati
         value_groups: several value heads share one q, k head (a width-free number of them).
     """
     split = head_scaling(scaling)
-    g = Builder(name, scaling=scaling, tied=tied, activation=activation, conv=conv, gate=gate, decay=decay,
-                o_scale=o_scale, qk_scale=qk_scale, expand_v=expand_v, value_groups=value_groups, mlp=mlp)
+    g = Builder(
+        name,
+        scaling=scaling,
+        tied=tied,
+        activation=activation,
+        conv=conv,
+        gate=gate,
+        decay=decay,
+        o_scale=o_scale,
+        qk_scale=qk_scale,
+        expand_v=expand_v,
+        value_groups=value_groups,
+        mlp=mlp,
+    )
     width, taps = g.dim("d_model", 1), g.dim("taps")
     heads = g.dim("H", split.heads)
     d_k = g.dim("d_k", split.head_dim, practical=256)
@@ -58,14 +91,19 @@ def gated_deltanet(*, scaling: str = "heads-fixed", tied: bool = False, activati
         q = _features(g, h, "q", heads * d_k, (heads, d_k), activation, conv, taps)
         k = _features(g, h, "k", heads * d_k, (heads, d_k), activation, conv, taps)
         v = _features(g, h, "v", value_heads * d_v, (value_heads, d_v), activation, conv, taps)
-        q, k = g.norm(q, kind="l2_norm", eps=1e-6, output="q_normed"), g.norm(k, kind="l2_norm", eps=1e-6,
-                                                                              output="k_normed")
+        q, k = (
+            g.norm(q, kind="l2_norm", eps=1e-6, output="q_normed"),
+            g.norm(k, kind="l2_norm", eps=1e-6, output="k_normed"),
+        )
         beta = g.pointwise("sigmoid", g.linear(h, "attn.b_proj", value_heads, output="z_beta"), output="beta")
         alpha = None
         if decay:
             rate = g.pointwise("exp", g.parameter("attn.A_log", value_heads))
-            z = g.add(g.linear(h, "attn.a_proj", value_heads, output="z_a"), g.parameter("attn.dt_bias", value_heads),
-                      output="z_alpha")
+            z = g.add(
+                g.linear(h, "attn.a_proj", value_heads, output="z_a"),
+                g.parameter("attn.dt_bias", value_heads),
+                output="z_alpha",
+            )
             alpha = g.pointwise("exp", g.product(rate, g.pointwise("softplus", z)), output="alpha")
         o = g.scan(q, k, v, decay=alpha, strength=beta, power=_qk_power(qk_scale, d_k), output="o")
         return _output(g, h, o, value_heads, d_v, width, gate, o_scale)
@@ -80,7 +118,7 @@ def _output(g: Builder, h: Tensor, o: Tensor, heads: Group, d_v: Dim, width: Dim
         o = g.scale(o, multiplier="o_scale", output="o_scaled")
     y = g.norm(o, "attn.o_norm", output="o_normed")
     if gate:
-        z = g.linear(h, "attn.g_proj", heads * d_v)
+        z = g.linear(h, "attn.g_proj", heads * d_v, output="z_g")
         y = g.product(y, g.reshape(g.pointwise("silu", z), heads, d_v))
     return g.linear(g.reshape(y, heads * d_v), "attn.o_proj", width, output="y")
 
@@ -90,8 +128,9 @@ def deltanet(**options: object) -> Graph:
     return gated_deltanet(**{"gate": False, **options, "decay": False, "name": "deltanet"})  # type: ignore[arg-type]
 
 
-def gated_linear_attention(*, scaling: str = "heads-fixed", tied: bool = False, o_scale: bool = True,
-                           depth: int = 24) -> Graph:
+def gated_linear_attention(
+    *, scaling: str = "heads-fixed", tied: bool = False, o_scale: bool = True, depth: int = 24
+) -> Graph:
     """Gated linear attention (Yang et al. 2023, arXiv:2312.06635): a decay per key channel from a low-rank map."""
     split = head_scaling(scaling)
     g = Builder("gated_linear_attention", scaling=scaling, tied=tied, o_scale=o_scale)
@@ -121,13 +160,16 @@ def mamba2(*, scaling: str = "head-dim-fixed", tied: bool = False, conv: bool = 
     def mixer(h: Tensor) -> Tensor:
         def part(which: str, axes: Dim | Group) -> Tensor:
             z = g.linear(h, f"mixer.{which}_proj", axes, output=f"z_{which}")
-            return g.pointwise("silu", g.conv1d(z, f"mixer.{which}_conv1d", taps, output=f"{which}_conv")
-                               if conv else z)
+            return g.pointwise(
+                "silu", g.conv1d(z, f"mixer.{which}_conv1d", taps, output=f"{which}_conv") if conv else z
+            )
 
         v = g.reshape(part("x", heads * d_head), heads, d_head, output="v")
         k, q = g.reshape(part("B", state), state, output="k"), g.reshape(part("C", state), state, output="q")
-        dt = g.pointwise("softplus", g.add(g.linear(h, "mixer.dt_proj", heads, output="z_dt_proj"), g.parameter("mixer.dt_bias", heads),
-                                           output="z_dt"), output="dt")
+        z_dt = g.add(
+            g.linear(h, "mixer.dt_proj", heads, output="z_dt_proj"), g.parameter("mixer.dt_bias", heads), output="z_dt"
+        )
+        dt = g.pointwise("softplus", z_dt, output="dt")
         rate = g.pointwise("exp", g.parameter("mixer.A_log", heads))
         alpha = g.pointwise("exp", g.product(rate, dt), output="alpha")
         o = g.scan(q, k, v, decay=alpha, strength=dt, output="o")

@@ -7,8 +7,9 @@ from widthwise.derive.builder import Builder, Tensor
 from widthwise.derive.graph import Graph, as_group
 
 
-def transformer(*, scaling: str = "heads-fixed", tied: bool = False, gqa: bool = False, qk_norm: bool = False,
-                depth: int = 24) -> Graph:
+def transformer(
+    *, scaling: str = "heads-fixed", tied: bool = False, gqa: bool = False, qk_norm: bool = False, depth: int = 24
+) -> Graph:
     """Softmax attention with H heads of d_head; with ``gqa`` a fixed group of query heads shares keys and values."""
     split = head_scaling(scaling)
     g = Builder("transformer", scaling=scaling, tied=tied, gqa=gqa, qk_norm=qk_norm)

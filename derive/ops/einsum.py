@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import HALF, largest
 from widthwise.derive.facts import Fact
@@ -22,8 +23,10 @@ def _shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     target: Shape = attrs["shape"]
     known = set(atoms(shapes[0])) | set(atoms(shapes[1]))
     if missing := [dim.name for dim in atoms(target) if dim not in known]:
-        raise DeriveError(f"a product of {shape_text(shapes[0])} and {shape_text(shapes[1])} has no axis "
-                          f"{', '.join(missing)}", cure="an output axis must come from an input")
+        raise DeriveError(
+            f"a product of {shape_text(shapes[0])} and {shape_text(shapes[1])} has no axis {', '.join(missing)}",
+            cure="an output axis must come from an input",
+        )
     return target
 
 
@@ -49,15 +52,29 @@ def _forward(walk: Forward, node: Node) -> State:
     from widthwise.derive.forward import Change, State
 
     a, b = walk.inputs(node)
-    over = summed(*(walk.graph.shapes[source] for source in node.inputs), node.shape)
+    shapes = walk.graph.shapes
+    over = summed(shapes[node.inputs[0]], shapes[node.inputs[1]], node.shape)
     init, because = walk.contract(node, a.init, b.init, over)
     text = f"{node.inputs[0]} times {node.inputs[1]}" + (f": {because}" if over else "")
     change = product_change(walk, a, b, over)
     branch = walk.assume.activations_trained
-    changes = () if change is None else (
-        Change(change, False, Fact(f"change of {node.output}", change, f"Δ{node.inputs[0]} met with {node.inputs[1]} "
-                                   f"and the reverse, {branch}", (a.fact, b.fact),
-                                   frozenset((f"Δactivation · activation: {branch}",)) if over else frozenset())),)
+    changes = (
+        ()
+        if change is None
+        else (
+            Change(
+                change,
+                False,
+                Fact(
+                    f"change of {node.output}",
+                    change,
+                    f"Δ{node.inputs[0]} met with {node.inputs[1]} and the reverse, {branch}",
+                    (a.fact, b.fact),
+                    frozenset((f"Δactivation · activation: {branch}",)) if over else frozenset(),
+                ),
+            ),
+        )
+    )
     return State(init, walk.fact(node, init, text), changes)
 
 
@@ -73,5 +90,6 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     return pieces
 
 
-register(Op("einsum", _shape, _forward, _backward, always("absolute"),
-            aten=("aten.mul.Tensor", "aten.einsum", "aten.bmm")))
+register(
+    Op("einsum", _shape, _forward, _backward, always("absolute"), aten=("aten.mul.Tensor", "aten.einsum", "aten.bmm"))
+)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import HALF, ZERO, show, smallest
+from widthwise.derive.exponents import HALF, ZERO, n_to, smallest
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Node, Shape, extent, shape_text
 from widthwise.derive.ops.registry import Op, Piece, always, register
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 def _shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     (x,) = shapes
     if not x or x[-1] != attrs["axis"]:
-        raise DeriveError(f"a norm over {attrs['axis']} cannot take {shape_text(x)}",
-                          cure="it normalizes the last axis")
+        raise DeriveError(
+            f"a norm over {attrs['axis']} cannot take {shape_text(x)}", cure="it normalizes the last axis"
+        )
     return x
 
 
@@ -37,23 +39,45 @@ def _forward(walk: Forward, node: Node) -> State:
     (x,) = walk.inputs(node)
     by = -divisor(node, x.init.size)
     init = Signal(x.init.shifted(by).terms, 1.0)
-    fact = walk.fact(node, init, f"divided by its {'length' if node.op == 'l2_norm' else 'rms'}, n^{show(-by)}: "
-                                 "one and the same factor for all entries, so sign flips stay")
-    changes = ()
+    fact = walk.fact(
+        node,
+        init,
+        f"divided by its {'length' if node.op == 'l2_norm' else 'rms'}, {n_to(-by)}: "
+        "one and the same factor for all entries, so sign flips stay",
+    )
+    changes: tuple[Change, ...] = ()
     if x.change is not None:
         size = smallest((ZERO, x.change - x.init.size)) + init.size
-        changes = (Change(size, False, Fact(f"change of {node.output}", size,
-                                            "relative to the input, and never more than the output", (x.fact,))),)
+        changes = (
+            Change(
+                size,
+                False,
+                Fact(
+                    f"change of {node.output}", size, "relative to the input, and never more than the output", (x.fact,)
+                ),
+            ),
+        )
     return State(init, fact, changes)
 
 
 def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     by = divisor(node, walk.states[node.inputs[0]].init.size)
-    return [Piece(0, gradient.shifted(-by), f"divided by what the norm divides by, n^{show(by)}", frozenset(),
-                  (node.inputs[0],))]
+    return [
+        Piece(
+            0, gradient.shifted(-by), f"divided by what the norm divides by, {n_to(by)}", frozenset(), (node.inputs[0],)
+        )
+    ]
 
 
 register(Op("rms_norm", _shape, _forward, _backward, always("relative"), aten=("aten.rms_norm",)))
-register(Op("layer_norm", _shape, _forward, _backward, always("relative"),
-            aten=("aten.layer_norm", "aten.native_layer_norm")))
+register(
+    Op(
+        "layer_norm",
+        _shape,
+        _forward,
+        _backward,
+        always("relative"),
+        aten=("aten.layer_norm", "aten.native_layer_norm"),
+    )
+)
 register(Op("l2_norm", _shape, _forward, _backward, always("relative"), aten=("aten.linalg_vector_norm",)))

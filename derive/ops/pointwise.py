@@ -39,17 +39,22 @@ NONLINEARITIES: Mapping[str, Nonlinearity] = {
 
 
 def _forward(walk: Forward, node: Node) -> State:
-    from widthwise.derive.forward import Change, State
     from widthwise.derive.facts import Fact
+    from widthwise.derive.forward import Change, State
 
     (x,) = walk.inputs(node)
     source = node.inputs[0]
     init, because = _output(node.op, x.init, walk.assume.nonlinear_mean == "ignored")
     fact = walk.fact(node, init, because.format(f=node.op, x=source))
-    changes = ()
+    changes: tuple[Change, ...] = ()
     if x.change is not None:
-        changes = (Change(x.change, False, Fact(f"change of {node.output}", x.change,
-                                                f"{node.op} passes a change of its input on", (x.fact,))),)
+        changes = (
+            Change(
+                x.change,
+                False,
+                Fact(f"change of {node.output}", x.change, f"{node.op} passes a change of its input on", (x.fact,)),
+            ),
+        )
     return State(init, fact, changes)
 
 
@@ -66,24 +71,34 @@ def _output(name: str, x: Signal, ignore_means: bool) -> tuple[Signal, str]:
         return Signal(x.terms, rms), "{f}({x}) is as large as {x}; its mean is ignored (assumed)"
     if not full_size and kind.linear_at_zero:
         return Signal(x.terms, rms), "{f} is linear near zero, where {x} lies"
-    return (Signal((Term(x.size, _common(x, mean)),), rms),
-            f"{{f}}({{x}}) is as large as {{x}}, and not odd: it leaves a mean of {mean:.2g} of its rms")
+    return (
+        Signal((Term(x.size, _common(x, mean)),), rms),
+        f"{{f}}({{x}}) is as large as {{x}}, and not odd: it leaves a mean of {mean:.2g} of its rms",
+    )
 
 
 def _common(x: Signal, mean: float) -> dict[Flip, float]:
     """Flips that negate every leading term, each now broken down to the mean the function leaves."""
     leading = [term.odd for term in x.terms if at_most(x.size, term.size)]
-    return {flip: max(mean, *(odd[flip] for odd in leading)) for flip in leading[0]
-            if all(flip in odd for odd in leading)}
+    return {
+        flip: max(mean, *(odd[flip] for odd in leading)) for flip in leading[0] if all(flip in odd for odd in leading)
+    }
 
 
 def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     return [Piece(0, gradient, f"times {node.op}′, which is Θ(1)")]
 
 
-_ATEN = {"silu": ("aten.silu",), "gelu": ("aten.gelu",), "relu": ("aten.relu",), "tanh": ("aten.tanh",),
-         "sigmoid": ("aten.sigmoid",), "softplus": ("aten.softplus",), "exp": ("aten.exp",),
-         "softmax": ("aten.softmax", "aten._softmax")}
+_ATEN = {
+    "silu": ("aten.silu",),
+    "gelu": ("aten.gelu",),
+    "relu": ("aten.relu",),
+    "tanh": ("aten.tanh",),
+    "sigmoid": ("aten.sigmoid",),
+    "softplus": ("aten.softplus",),
+    "exp": ("aten.exp",),
+    "softmax": ("aten.softmax", "aten._softmax"),
+}
 
 for _name in NONLINEARITIES:
     register(Op(_name, lambda shapes, attrs: shapes[0], _forward, _backward, always("absolute"), aten=_ATEN[_name]))

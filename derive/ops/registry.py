@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.graph import Node, Shape
 from widthwise.derive.signal import Signal
@@ -72,8 +73,11 @@ def lookup(node: Node) -> Op:
         DeriveError: when no rule is registered under that name.
     """
     if node.op not in OPS:
-        raise DeriveError(f"no rule for op {node.op!r}, which makes {node.output!r}", where=node.where,
-                          cure=f"register one in widthwise.derive.ops (known: {', '.join(sorted(OPS))})")
+        raise DeriveError(
+            f"no rule for op {node.op!r}, which makes {node.output!r}",
+            where=node.where,
+            cure=f"register one in widthwise.derive.ops (known: {', '.join(sorted(OPS))})",
+        )
     return OPS[node.op]
 
 

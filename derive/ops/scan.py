@@ -31,12 +31,16 @@ def _shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
         raise DeriveError(f"q {shape_text(q)} and k {shape_text(k)} of a scan differ", cure="give both the same axes")
     heads = set(atoms(v))
     if missing := [dim.name for dim in atoms(q)[:-1] if dim not in heads]:
-        raise DeriveError(f"v {shape_text(v)} lacks the head axes {', '.join(missing)} of q {shape_text(q)}",
-                          cure="v has the heads of q and may have more")
+        raise DeriveError(
+            f"v {shape_text(v)} lacks the head axes {', '.join(missing)} of q {shape_text(q)}",
+            cure="v has the heads of q and may have more",
+        )
     for gate in gates:
         if not set(atoms(gate)) <= heads | set(atoms(q)):
-            raise DeriveError(f"a gate of shape {shape_text(gate)} does not fit a state of {shape_text(v)} × "
-                              f"{shape_text(q)}", cure="a gate may have the state's axes alone")
+            raise DeriveError(
+                f"a gate of shape {shape_text(gate)} does not fit a state of {shape_text(v)} × {shape_text(q)}",
+                cure="a gate may have the state's axes alone",
+            )
     return v
 
 
@@ -62,8 +66,9 @@ def _forward(walk: Forward, node: Node) -> State:
     if strength is not None:
         out = out.shifted(strength.init.size)
     names = node.inputs
-    fact = walk.fact(node, out, f"a width-free sum over time of ({names[0]}·{names[1]}) {names[2]}; "
-                                f"{names[0]}·{names[1]}: {because}")
+    fact = walk.fact(
+        node, out, f"a width-free sum over time of ({names[0]}·{names[1]}) {names[2]}; {names[0]}·{names[1]}: {because}"
+    )
     score = product_change(walk, q, k, over)
     sizes = [] if score is None else [score + v.trained]
     if v.change is not None:
@@ -74,9 +79,23 @@ def _forward(walk: Forward, node: Node) -> State:
         return State(out, fact)
     change = largest(sizes) + node.attrs["power"]
     branch = walk.assume.activations_trained
-    return State(out, fact, (Change(change, False, Fact(
-        f"change of {node.output}", change, f"Δ{names[0]}·{names[1]} once training aligns them", (q.fact, k.fact, v.fact),
-        frozenset((f"Δactivation · activation: {branch}",)))),))
+    return State(
+        out,
+        fact,
+        (
+            Change(
+                change,
+                False,
+                Fact(
+                    f"change of {node.output}",
+                    change,
+                    f"Δ{names[0]}·{names[1]} once training aligns them",
+                    (q.fact, k.fact, v.fact),
+                    frozenset((f"Δactivation · activation: {branch}",)),
+                ),
+            ),
+        ),
+    )
 
 
 def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
@@ -93,11 +112,27 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     read, by_values = walk.contract(written, v, lost)
     assumed = frozenset((f"forward · backward: {walk.assume.forward_backward}",))
     pieces = [
-        Piece(0, contract(read, k, (), "symmetry").signal, f"Sᵀ ∂L/∂o: ∂L/∂o · v {by_values}", assumed, (names[1], names[2])),
-        Piece(1, contract(read, q, (), "symmetry").signal, f"(∂L/∂S)ᵀ v: ∂L/∂o · v {by_values}", assumed,
-              (names[0], names[2])),
-        Piece(2, contract(written, scores, (), "symmetry").signal, f"∂L/∂S k: q·k {by_keys}", frozenset(),
-              (names[0], names[1])),
+        Piece(
+            0,
+            contract(read, k, (), "symmetry").signal,
+            f"Sᵀ ∂L/∂o: ∂L/∂o · v {by_values}",
+            assumed,
+            (names[1], names[2]),
+        ),
+        Piece(
+            1,
+            contract(read, q, (), "symmetry").signal,
+            f"(∂L/∂S)ᵀ v: ∂L/∂o · v {by_values}",
+            assumed,
+            (names[0], names[2]),
+        ),
+        Piece(
+            2,
+            contract(written, scores, (), "symmetry").signal,
+            f"∂L/∂S k: q·k {by_keys}",
+            frozenset(),
+            (names[0], names[1]),
+        ),
     ]
     slot = 3
     for gate in (decay, strength):
@@ -106,13 +141,25 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
         shape = shape_of[names[slot]]
         over_values = summed(node.shape, (), shape)
         met, how = walk.contract(gradient if gate is strength else written, v, over_values)
-        total, how_keys = (contract(met, scores, (), "symmetry").signal, by_keys) if keys[0] not in atoms(shape) else (
-            contract(contract(met, q, (), "symmetry").signal, k, (), "symmetry").signal, "kept apart")
-        pieces.append(Piece(slot, total, f"⟨∂L/∂S, S⟩ over the state: ∂L/∂o · v {how}; q·k {how_keys}", assumed,
-                            names[:3]))
+        total, how_keys = (
+            (contract(met, scores, (), "symmetry").signal, by_keys)
+            if keys[0] not in atoms(shape)
+            else (contract(contract(met, q, (), "symmetry").signal, k, (), "symmetry").signal, "kept apart")
+        )
+        pieces.append(
+            Piece(slot, total, f"⟨∂L/∂S, S⟩ over the state: ∂L/∂o · v {how}; q·k {how_keys}", assumed, names[:3])
+        )
         slot += 1
     return pieces
 
 
-register(Op("scan", _shape, _forward, _backward, always("absolute"),
-            aten=("widthwise.gated_delta_rule", "fla.chunk_gated_delta_rule")))
+register(
+    Op(
+        "scan",
+        _shape,
+        _forward,
+        _backward,
+        always("absolute"),
+        aten=("widthwise.gated_delta_rule", "fla.chunk_gated_delta_rule"),
+    )
+)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import ZERO, show
+from widthwise.derive.exponents import ZERO, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Node, Shape, atoms, shape_text
 from widthwise.derive.ops.registry import Op, Piece, always, register
@@ -28,8 +29,16 @@ def _input_forward(walk: Forward, node: Node) -> State:
     return State(signal(ZERO), Fact(node.output, ZERO, "data: Θ(1) entries"))
 
 
-register(Op("input", lambda shapes, attrs: attrs["shape"], _input_forward, lambda walk, node, gradient: [],
-            always("passes"), aten=("placeholder",)))
+register(
+    Op(
+        "input",
+        lambda shapes, attrs: attrs["shape"],
+        _input_forward,
+        lambda walk, node, gradient: [],
+        always("passes"),
+        aten=("placeholder",),
+    )
+)
 
 
 # -- add and residual --------------------------------------------------------------------------------------------
@@ -37,8 +46,9 @@ register(Op("input", lambda shapes, attrs: attrs["shape"], _input_forward, lambd
 
 def _add_shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     if any(atoms(shape) != atoms(shapes[0]) for shape in shapes[1:]):
-        raise DeriveError(f"cannot add {' and '.join(map(shape_text, shapes))}",
-                          cure="both must have the same axes in the same order")
+        raise DeriveError(
+            f"cannot add {' and '.join(map(shape_text, shapes))}", cure="both must have the same axes in the same order"
+        )
     return shapes[0]
 
 
@@ -76,21 +86,32 @@ def _scale_forward(walk: Forward, node: Node) -> State:
     (x,) = walk.inputs(node)
     by = factor(walk, node)
     init = x.init.shifted(by)
-    changes = tuple(change._replace(size=change.size + by,
-                                    fact=Fact(f"change of {node.output}", change.size + by, "scaled",
-                                              (change.fact,))) for change in x.changes)
+    changes = tuple(
+        change._replace(
+            size=change.size + by, fact=Fact(f"change of {node.output}", change.size + by, "scaled", (change.fact,))
+        )
+        for change in x.changes
+    )
     carrier = node.attrs.get("carrier")
-    because = f"scaled by {'the multiplier ' + carrier if carrier else 'n^' + show(by)}"
+    because = f"scaled by {'the multiplier ' + carrier if carrier else n_to(by)}"
     return State(init, walk.fact(node, init, because), changes)
 
 
 def _scale_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     by = walk.knobs.value(factor(walk, node))
-    return [Piece(0, gradient.shifted(by), f"scaled by n^{show(by)}")]
+    return [Piece(0, gradient.shifted(by), f"scaled by {n_to(by)}")]
 
 
-register(Op("scale", lambda shapes, attrs: shapes[0], _scale_forward, _scale_backward, always("passes"),
-            aten=("aten.mul.Scalar", "aten.div.Scalar")))
+register(
+    Op(
+        "scale",
+        lambda shapes, attrs: shapes[0],
+        _scale_forward,
+        _scale_backward,
+        always("passes"),
+        aten=("aten.mul.Scalar", "aten.div.Scalar"),
+    )
+)
 
 
 # -- reshape: split or merge axes, never reorder them -------------------------------------------------------------
@@ -99,8 +120,10 @@ register(Op("scale", lambda shapes, attrs: shapes[0], _scale_forward, _scale_bac
 def _reshape_shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     target: Shape = attrs["shape"]
     if atoms(target) != atoms(shapes[0]):
-        raise DeriveError(f"cannot view {shape_text(shapes[0])} as {shape_text(target)}",
-                          cure="a reshape groups the same axes in the same order")
+        raise DeriveError(
+            f"cannot view {shape_text(shapes[0])} as {shape_text(target)}",
+            cure="a reshape groups the same axes in the same order",
+        )
     return target
 
 
@@ -111,9 +134,16 @@ def _reshape_forward(walk: Forward, node: Node) -> State:
     return State(x.init, walk.fact(node, x.init, f"{node.inputs[0]} with its axes regrouped"), x.changes)
 
 
-register(Op("reshape", _reshape_shape, _reshape_forward,
-            lambda walk, node, gradient: [Piece(0, gradient, "axes regrouped")], always("passes"),
-            aten=("aten.view", "aten.reshape", "aten._unsafe_view")))
+register(
+    Op(
+        "reshape",
+        _reshape_shape,
+        _reshape_forward,
+        lambda walk, node, gradient: [Piece(0, gradient, "axes regrouped")],
+        always("passes"),
+        aten=("aten.view", "aten.reshape", "aten._unsafe_view"),
+    )
+)
 
 
 # -- cross-entropy: where the backward walk starts -----------------------------------------------------------------
@@ -129,5 +159,13 @@ def _loss_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     return [Piece(0, signal(ZERO), "softmax minus target: Θ(1) entries")]
 
 
-register(Op("cross_entropy", lambda shapes, attrs: (), _loss_forward, _loss_backward, always("absolute"),
-            aten=("aten.cross_entropy_loss",)))
+register(
+    Op(
+        "cross_entropy",
+        lambda shapes, attrs: (),
+        _loss_forward,
+        _loss_backward,
+        always("absolute"),
+        aten=("aten.cross_entropy_loss",),
+    )
+)

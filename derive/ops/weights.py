@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sympy import Expr
+
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import HALF, largest, show
+from widthwise.derive.exponents import HALF, largest, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Node, Shape, atoms, extent, shape_text
 from widthwise.derive.ops.registry import Op, Piece, Tolerance, register
@@ -34,8 +35,10 @@ def _weight_tolerance(slot: int) -> Tolerance:
 def _linear_shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     x, weight = shapes
     if not x or x[-1] != weight[-1]:
-        raise DeriveError(f"a linear map over {weight[-1]} cannot take an input of shape {shape_text(x)}",
-                          cure=f"its last axis must be {weight[-1]}")
+        raise DeriveError(
+            f"a linear map over {weight[-1]} cannot take an input of shape {shape_text(x)}",
+            cure=f"its last axis must be {weight[-1]}",
+        )
     return x[:-1] + weight[:-1]
 
 
@@ -63,15 +66,29 @@ def _linear_forward(walk: Forward, node: Node) -> State:
         branch = walk.assume.upstream_readout if node.attrs.get("carrier") else walk.assume.upstream
         gain = operator_norm(extent(fan_in), extent(fan_out)) if branch == "operator-norm" else extent(fan_in) * HALF
         size = multiplier + weight.init.size + gain + x.change
-        reason = (f"W₀·Δx: ‖{role}‖ lets a change of {node.inputs[0]} through with n^{show(gain)}"
-                  if branch == "operator-norm" else f"W₀·Δx taken as incoherent over {', '.join(map(str, fan_in))}")
-        changes += (Change(size, False, Fact(f"change of {node.output} from upstream", size, reason,
-                                             (x.fact, weight.fact), frozenset((f"W₀·Δx: {branch}",)))),)
+        reason = (
+            f"W₀·Δx: ‖{role}‖ lets a change of {node.inputs[0]} through with {n_to(gain)}"
+            if branch == "operator-norm"
+            else f"W₀·Δx taken as incoherent over {', '.join(map(str, fan_in))}"
+        )
+        changes += (
+            Change(
+                size,
+                False,
+                Fact(
+                    f"change of {node.output} from upstream",
+                    size,
+                    reason,
+                    (x.fact, weight.fact),
+                    frozenset((f"W₀·Δx: {branch}",)),
+                ),
+            ),
+        )
     return State(init, fact, changes)
 
 
 def _linear_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
-    x, weight = walk.inputs(node)
+    weight = walk.inputs(node)[1]
     source, role = node.inputs
     fan_in, fan_out = _fans(walk, node)
     multiplier = walk.multiplier(node, role)
@@ -83,25 +100,47 @@ def _linear_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece
         gain = operator_norm(extent(fan_out), extent(fan_in))
         bound = gradient.size + weight.init.size + gain
         signal = signal.mapped(lambda term: type(term)(bound, term.odd))
-        because = f"W₀ᵀ·g at the operator-norm bound, n^{show(gain)}"
+        because = f"W₀ᵀ·g at the operator-norm bound, {n_to(gain)}"
     shared = tuple(dim for dim in atoms(walk.graph.shapes[source][:-1]))
     outer, how = walk.contract(gradient, walk.trained(source), shared)
-    return [Piece(0, signal.shifted(multiplier), f"{role}ᵀ · ∂L/∂{node.output}: {because}",
-                  frozenset((f"W₀ᵀ·g: {branch}",)), (role,)),
-            Piece(1, outer.shifted(multiplier), f"∂L/∂{node.output} ⊗ {source}" + (f": {how}" if shared else ""),
-                  frozenset(), (source,))]
+    return [
+        Piece(
+            0,
+            signal.shifted(multiplier),
+            f"{role}ᵀ · ∂L/∂{node.output}: {because}",
+            frozenset((f"W₀ᵀ·g: {branch}",)),
+            (role,),
+        ),
+        Piece(
+            1,
+            outer.shifted(multiplier),
+            f"∂L/∂{node.output} ⊗ {source}" + (f": {how}" if shared else ""),
+            frozenset(),
+            (source,),
+        ),
+    ]
 
 
 def _linear_effect(walk: Forward, node: Node, step: Step) -> Expr:
     source, role = node.inputs
     fan_in, fan_out = _fans(walk, node)
     aligned = walk.assume.own_step == "aligned"
-    return (walk.multiplier(node, role) + walk.states[source].trained
-            + step.gain(extent(fan_in), extent(fan_out), aligned))
+    return (
+        walk.multiplier(node, role) + walk.states[source].trained + step.gain(extent(fan_in), extent(fan_out), aligned)
+    )
 
 
-register(Op("linear", _linear_shape, _linear_forward, _linear_backward, _weight_tolerance, _linear_effect,
-            ("aten.linear", "aten.mm", "aten.addmm", "aten.bmm", "aten.matmul")))
+register(
+    Op(
+        "linear",
+        _linear_shape,
+        _linear_forward,
+        _linear_backward,
+        _weight_tolerance,
+        _linear_effect,
+        ("aten.linear", "aten.mm", "aten.addmm", "aten.bmm", "aten.matmul"),
+    )
+)
 
 
 # -- conv1d: depthwise and short, so that each channel is an entrywise product summed over a few taps --------------
@@ -110,8 +149,10 @@ register(Op("linear", _linear_shape, _linear_forward, _linear_backward, _weight_
 def _conv_shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     x, weight = shapes
     if atoms(x) != atoms(weight[:-1]):
-        raise DeriveError(f"a depthwise convolution of {shape_text(weight)} cannot take {shape_text(x)}",
-                          cure="its channels must be the input's axes")
+        raise DeriveError(
+            f"a depthwise convolution of {shape_text(weight)} cannot take {shape_text(x)}",
+            cure="its channels must be the input's axes",
+        )
     return x
 
 
@@ -127,19 +168,31 @@ def _conv_forward(walk: Forward, node: Node) -> State:
     changes = walk.own_step(node, role)
     if x.change is not None:
         size = multiplier + weight.init.size + x.change
-        changes += (Change(size, False, Fact(f"change of {node.output} from upstream", size,
-                                             "entrywise: no sum over width", (x.fact, weight.fact))),)
+        changes += (
+            Change(
+                size,
+                False,
+                Fact(
+                    f"change of {node.output} from upstream",
+                    size,
+                    "entrywise: no sum over width",
+                    (x.fact, weight.fact),
+                ),
+            ),
+        )
     return State(init, fact, changes)
 
 
 def _conv_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
-    x, weight = walk.inputs(node)
+    weight = walk.inputs(node)[1]
     source, role = node.inputs
     multiplier = walk.multiplier(node, role)
     back = contract(gradient, weight.init, (), "symmetry").signal.shifted(multiplier)
     taps = contract(gradient, walk.trained(source), (), "symmetry").signal.shifted(multiplier)
-    return [Piece(0, back, f"{role} taps times ∂L/∂{node.output}", frozenset(), (role,)),
-            Piece(1, taps, f"∂L/∂{node.output} times {source}, summed over time", frozenset(), (source,))]
+    return [
+        Piece(0, back, f"{role} taps times ∂L/∂{node.output}", frozenset(), (role,)),
+        Piece(1, taps, f"∂L/∂{node.output} times {source}, summed over time", frozenset(), (source,)),
+    ]
 
 
 def _conv_effect(walk: Forward, node: Node, step: Step) -> Expr:
@@ -147,8 +200,17 @@ def _conv_effect(walk: Forward, node: Node, step: Step) -> Expr:
     return walk.multiplier(node, role) + walk.states[source].trained + step.entry
 
 
-register(Op("conv1d", _conv_shape, _conv_forward, _conv_backward, _weight_tolerance, _conv_effect,
-            ("aten.conv1d", "aten.convolution")))
+register(
+    Op(
+        "conv1d",
+        _conv_shape,
+        _conv_forward,
+        _conv_backward,
+        _weight_tolerance,
+        _conv_effect,
+        ("aten.conv1d", "aten.convolution"),
+    )
+)
 
 
 # -- embedding: a row of the table per token --------------------------------------------------------------------
@@ -164,22 +226,39 @@ def _embedding_forward(walk: Forward, node: Node) -> State:
     (table,) = walk.inputs(node)
     role = node.inputs[0]
     init = table.init.shifted(walk.multiplier(node, role))
-    init = init.mapped(lambda term: type(term)(term.size, {
-        flip: mean for flip, mean in term.odd.items()
-        if flip.axes <= {dim.name for dim in atoms(node.shape)}}))
-    return State(init, walk.fact(node, init, f"one row of {role} per token: no sum over width"),
-                 walk.own_step(node, role))
+    init = init.mapped(
+        lambda term: type(term)(
+            term.size,
+            {flip: mean for flip, mean in term.odd.items() if flip.axes <= {dim.name for dim in atoms(node.shape)}},
+        )
+    )
+    return State(
+        init, walk.fact(node, init, f"one row of {role} per token: no sum over width"), walk.own_step(node, role)
+    )
 
 
 def _embedding_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
-    return [Piece(0, gradient.shifted(walk.multiplier(node, node.inputs[0])),
-                  f"∂L/∂{node.output} of the tokens that read the row")]
+    return [
+        Piece(
+            0,
+            gradient.shifted(walk.multiplier(node, node.inputs[0])),
+            f"∂L/∂{node.output} of the tokens that read the row",
+        )
+    ]
 
 
 def _embedding_effect(walk: Forward, node: Node, step: Step) -> Expr:
     return walk.multiplier(node, node.inputs[0]) + step.row(extent(atoms(node.shape)))
 
 
-register(Op("embedding", _embedding_shape, _embedding_forward, _embedding_backward, lambda slot: "weight",
-            _embedding_effect, ("aten.embedding",)))
-
+register(
+    Op(
+        "embedding",
+        _embedding_shape,
+        _embedding_forward,
+        _embedding_backward,
+        lambda slot: "weight",
+        _embedding_effect,
+        ("aten.embedding",),
+    )
+)
