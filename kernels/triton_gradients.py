@@ -1,0 +1,200 @@
+"""The gradients of a chunk, from the states at its two ends alone: every chunk at once.
+
+With S the state before the chunk, dS the gradient of the state after it, u, dr from ``triton_sweep``, and exponents
+of gate differences written exp(i - j), the chunk's share of each gradient is (q, k normalized, mask i >= j or i > j)
+
+    F[i, j] = scale exp(i - j) do_i . u_j          E[i, j] = -exp(i - j) dr_i . u_j
+    dq = scale exp(G) do S^T + F k                  Z = -exp(G) dr S^T + E k
+    dk = beta Z + Y,   Y = exp(G_last - G) u dS^T + F^T q + (beta E)^T k
+    dv = beta dr       dbeta = dr . v + k . Z       dG = q . dq + beta k . Z - k . Y
+
+The last holds because q_i only ever appears as exp(G_i) q_i, k_i as exp(G_i) k_i where it reads and as exp(-G_i) k_i
+where it writes; what hangs on G_last is added apart. dg is the sum of dG from its token on.
+"""
+
+import triton
+import triton.language as tl
+
+from widthwise.kernels.triton_prepare import (
+    CHUNK,
+    L2_EPS,
+    ROW_G,
+    ROWS,
+    load_tile,
+    locate_chunk,
+)
+from widthwise.kernels.triton_sweep import store_tile
+
+
+@triton.jit
+def load_matrix(base, rows, columns, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Tile [BLOCK_K, BLOCK_V] of a [K, V] matrix, zero outside it."""
+    pointers = base + rows[:, None] * V + columns[None, :]
+    if K % BLOCK_K == 0 and V % BLOCK_V == 0:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def unit_scale(x, stride, left, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALIZE: tl.constexpr):
+    """[C]: what normalization multiplies the rows of x by."""
+    if NORMALIZE:
+        square = tl.zeros([CHUNK], tl.float32)
+        for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+            columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            tile = load_tile(x, stride, left, columns, K, BLOCK_K).to(tl.float32)
+            square += tl.sum(tile * tile, 1)
+        unit = tl.rsqrt(square + L2_EPS)
+    else:
+        unit = tl.zeros([CHUNK], tl.float32) + 1.0
+    return unit
+
+
+@triton.jit(do_not_specialize=["T", "scale"])
+def gradients_kernel(
+    q, k, v, beta, do, u, dv, states, dstates, rows, dq, dk, dg, dbeta,
+    cu_seqlens, chunk_offsets, chunk_sequence, T, scale,
+    q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
+    do_token: tl.constexpr, do_head: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, FINISH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk and value head: dv (which holds dr on entry), dg, dbeta [B, T, HV(, V)], dq and dk.
+
+    With FINISH, dq and dk are final; without, they are those of the normalized q and k, a value head each
+    [B, T, HV, K], and ``finish_kernel`` does the rest.
+    """
+    K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
+    token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
+    if left <= 0:
+        return
+    operand = k.dtype.element_ty
+    q += token * q_token + (head // GROUP) * q_head
+    k += token * k_token + (head // GROUP) * k_head
+    v += token * v_token + head * v_head
+    do += token * do_token + head * do_head
+    u += (token * HEADS + head) * V
+    dv += (token * HEADS + head) * V
+    dq += (token * HEADS + head) * K
+    dk += (token * HEADS + head) * K
+    states += (chunk * HEADS + head) * K * V
+    dstates += (chunk * HEADS + head) * K * V
+
+    i = tl.arange(0, CHUNK)
+    gates = tl.load(rows + (chunk * HEADS + head) * ROWS * CHUNK + ROW_G * CHUNK + i)
+    last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))
+    beta_row = tl.load(beta + (token * beta_token + head * beta_head) + i * beta_token, mask=i < left, other=0.0)
+    beta_row = beta_row.to(tl.float32)
+    q_unit = unit_scale(q, q_token, left, K, BLOCK_K, NORMALIZE)
+    k_unit = unit_scale(k, k_token, left, K, BLOCK_K, NORMALIZE)
+
+    # The four [C, C] products. Transposes are computed, not taken: Triton up to 3.7.0 miscompiles a dot whose first
+    # argument is the transpose of a cast accumulator on Hopper (flash-linear-attention #640).
+    f = tl.zeros([CHUNK, CHUNK], tl.float32)
+    f_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+    e = tl.zeros([CHUNK, CHUNK], tl.float32)
+    e_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dbeta_row = tl.zeros([CHUNK], tl.float32)
+    for block in tl.range(V_BLOCKS, num_stages=DEPTH):
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
+        u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
+        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
+        v_tile = load_tile(v, v_token, left, columns, V, BLOCK_V)
+        f = tl.dot(do_tile, tl.trans(u_tile), f)
+        f_t = tl.dot(u_tile, tl.trans(do_tile), f_t)
+        e = tl.dot(dr_tile, tl.trans(u_tile), e)
+        e_t = tl.dot(u_tile, tl.trans(dr_tile), e_t)
+        dbeta_row += tl.sum(dr_tile.to(tl.float32) * v_tile.to(tl.float32), 1)
+    lower = i[:, None] - i[None, :]
+    difference = gates[:, None] - gates[None, :]
+    decay = tl.exp(tl.where(lower >= 0, difference, float("-inf")))
+    decay_t = tl.exp(tl.where(lower <= 0, -difference, float("-inf")))
+    f = (f * decay * scale * k_unit[None, :]).to(operand)
+    f_t = (f_t * decay_t * scale * q_unit[None, :]).to(operand)
+    e = tl.where(lower > 0, -e * decay * k_unit[None, :], 0.0).to(operand)
+    e_t = tl.where(lower < 0, -e_t * decay_t * (beta_row * k_unit)[None, :], 0.0).to(operand)
+
+    into = tl.exp(gates)
+    onto = tl.exp(last - gates)
+    q_dq = tl.zeros([CHUNK], tl.float32)  # q . dq
+    k_z = tl.zeros([CHUNK], tl.float32)  # k . Z
+    k_y = tl.zeros([CHUNK], tl.float32)  # k . Y
+    dlast = 0.0  # what hangs on G_last
+    for k_block in tl.static_range(K_BLOCKS):
+        i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        dq_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        z_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        y_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        kept = tl.zeros([BLOCK_K], tl.float32)
+        for block in tl.range(V_BLOCKS, num_stages=DEPTH):
+            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
+            u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
+            dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
+            state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
+            dstate = load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V)
+            dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile)
+            z_tile = tl.dot(dr_tile, tl.trans(state), z_tile)
+            y_tile = tl.dot(u_tile, tl.trans(dstate), y_tile)
+            kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
+            if k_block == K_BLOCKS - 1:
+                dv_tile = dr_tile.to(tl.float32) * beta_row[:, None]
+                store_tile(dv, HEADS * V, left, columns, dv_tile, V)
+        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
+        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
+        dq_tile = tl.dot(f, k_tile, dq_tile * (into * scale)[:, None])
+        z_tile = tl.dot(e, k_tile, z_tile * -into[:, None])
+        y_tile *= onto[:, None]
+        q_unit_tile = q_tile.to(tl.float32) * q_unit[:, None]
+        k_unit_tile = k_tile.to(tl.float32) * k_unit[:, None]
+        dlast += tl.sum(kept) * tl.exp(last) + tl.sum(k_unit_tile * y_tile)
+        y_tile = tl.dot(f_t, q_tile, y_tile)
+        y_tile = tl.dot(e_t, k_tile, y_tile)
+        q_dq += tl.sum(q_unit_tile * dq_tile, 1)
+        k_z += tl.sum(k_unit_tile * z_tile, 1)
+        k_y += tl.sum(k_unit_tile * y_tile, 1)
+        dk_tile = y_tile + beta_row[:, None] * z_tile
+        if FINISH and NORMALIZE:
+            # Only with one block of K, so that the sums are whole.
+            dq_tile = (dq_tile - q_unit_tile * q_dq[:, None]) * q_unit[:, None]
+            dk_tile = (dk_tile - k_unit_tile * (k_y + beta_row * k_z)[:, None]) * k_unit[:, None]
+        store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
+        store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
+
+    dgates = q_dq + beta_row * k_z - k_y
+    at = token * HEADS + head + i * HEADS
+    tl.store(dbeta + at, (dbeta_row + k_z).to(dbeta.dtype.element_ty), mask=i < left)
+    dg_row = tl.cumsum(dgates, 0, reverse=True) + dlast
+    tl.store(dg + at, dg_row.to(dg.dtype.element_ty), mask=i < left)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def finish_kernel(
+    x, dx_parts, dx, tokens,
+    x_token: tl.constexpr, x_head: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """dx [tokens, HEADS, K] from ``dx_parts`` [tokens, HEADS * GROUP, K]: summed over the group, then through the
+    normalization of x. One program C tokens and a head; a whole row in each."""
+    program = tl.program_id(0)
+    head, token = program % HEADS, (program // HEADS).to(tl.int64) * CHUNK
+    left = (tokens - token).to(tl.int32)
+    i_k = tl.arange(0, BLOCK_K)
+    dx_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    for member in range(GROUP):
+        part = dx_parts + ((token * HEADS + head) * GROUP + member) * K
+        dx_tile += load_tile(part, HEADS * GROUP * K, left, i_k, K, BLOCK_K)
+    if NORMALIZE:
+        x_tile = load_tile(x + token * x_token + head * x_head, x_token, left, i_k, K, BLOCK_K).to(tl.float32)
+        unit = tl.rsqrt(tl.sum(x_tile * x_tile, 1) + L2_EPS)
+        x_tile *= unit[:, None]
+        dx_tile = (dx_tile - x_tile * tl.sum(x_tile * dx_tile, 1)[:, None]) * unit[:, None]
+    store_tile(dx + (token * HEADS + head) * K, HEADS * K, left, i_k, dx_tile, K)

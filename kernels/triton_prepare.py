@@ -1,0 +1,157 @@
+"""What a chunk needs before any state is known: its gates, its inverse and its attention, all chunks at once.
+
+Within a chunk of C tokens, with G the running sum of g, D[i, j] = beta_i exp(G_i - G_j) k_i . k_j for i > j, and
+S the state the chunk starts from, the recurrence is the linear system (Yang et al. 2024, arXiv:2412.06464, sec. 3.3)
+
+    (I + D) u = beta (v - exp(G) K S),    o = scale exp(G) Q S + P u,    P[i, j] = scale exp(G_i - G_j) q_i . k_j
+
+The inverse of I + D and P depend on q, k, g and beta alone. Only these two [C, C] matrices and four numbers a token
+go through memory; normalized q and k never do, since a row's norm is one more factor in those numbers.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(64)
+BLOCK = tl.constexpr(16)  # diagonal blocks inverted by substitution
+L2_EPS = tl.constexpr(1e-6)
+# A decay below exp(-100) is zero in fp32. Without the floor a g of -1e4 would swell the running sum until the
+# differences of its neighbours drowned in rounding.
+G_FLOOR = tl.constexpr(-100.0)
+
+# The four numbers a token, `rows[chunk, head, row, token]`:
+#   G:     the running sum of g in the chunk
+#   READ:  beta exp(G) |k|^-1          what K S is scaled by when the chunk reads the state
+#   OUT:   scale exp(G) |q|^-1         the same for Q S
+#   WRITE: exp(G_last - G) |k|^-1      what u is scaled by when the chunk writes the state
+ROWS = tl.constexpr(4)
+ROW_G, ROW_READ, ROW_OUT, ROW_WRITE = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN: tl.constexpr):
+    """(first token, length, first chunk) of sequence ``n``."""
+    if VARLEN:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        length = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32)
+        first = tl.load(chunk_offsets + n).to(tl.int64)
+    else:
+        begin = n.to(tl.int64) * T
+        length = T
+        first = n.to(tl.int64) * tl.cdiv(T, CHUNK)
+    return begin, length, first
+
+
+@triton.jit
+def locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN: tl.constexpr):
+    """(first token, tokens left in its sequence) of ``chunk``; none are left where the chunk is only spare room."""
+    if VARLEN:
+        n = tl.load(chunk_sequence + chunk)
+    else:
+        n = chunk // tl.cdiv(T, CHUNK)
+    begin, length, first = locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN)
+    start = (chunk - first) * CHUNK
+    return begin + start, (length - start).to(tl.int32)
+
+
+@triton.jit
+def load_tile(base, stride, left, columns, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Tile [C, BLOCK_WIDTH] of the rows at ``base``, zero past the sequence (``left`` rows) and past WIDTH."""
+    i = tl.arange(0, CHUNK)
+    pointers = base + i[:, None] * stride + columns[None, :]
+    if WIDTH % BLOCK_WIDTH == 0:
+        tile = tl.load(pointers, mask=(i < left)[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(i < left)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def unit_lower_inverse(lower, PRECISION: tl.constexpr):
+    """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``.
+
+    Substitution in the diagonal blocks, then the blocks are joined in pairs, twice: with A the inverse of the
+    blocks and L what lies between the two of a pair, the pair's inverse is A - A L A.
+    """
+    BLOCKS: tl.constexpr = CHUNK // BLOCK
+    a = tl.arange(0, BLOCKS)
+    r = tl.arange(0, BLOCK)
+    same = a[:, None, None, None] == a[None, None, :, None]
+    diagonal = tl.sum(tl.where(same, tl.reshape(lower, [BLOCKS, BLOCK, BLOCKS, BLOCK]), 0.0), 2)
+    inverse = -diagonal
+    for i in range(1, BLOCK):
+        # Row i is still -lower[i]; the rows above it are done.
+        at = (r == i)[None, :, None]
+        row = tl.sum(tl.where(at, inverse, 0.0), 1)
+        row += tl.sum(row[:, :, None] * inverse, 1)
+        inverse = tl.where(at, row[:, None, :], inverse)
+    inverse += tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
+    inverse = tl.reshape(tl.where(same, inverse[:, :, None, :], 0.0), [CHUNK, CHUNK])
+
+    i = tl.arange(0, CHUNK)[:, None]
+    j = tl.arange(0, CHUNK)[None, :]
+    for level in tl.static_range(2):
+        size: tl.constexpr = BLOCK * 2**level
+        between = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
+        step = tl.dot(inverse, tl.where(between, lower, 0.0), input_precision=PRECISION)
+        inverse -= tl.dot(step, inverse, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit(do_not_specialize=["T", "scale"])
+def prepare_kernel(
+    q, k, g, beta, rows, inverse, attention,
+    cu_seqlens, chunk_offsets, chunk_sequence, T, scale,
+    q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
+    g_token: tl.constexpr, g_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """rows [chunks, HV, 4, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
+    program = tl.program_id(0)
+    head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
+    token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
+    if left <= 0:
+        return
+    q += token * q_token + (head // GROUP) * q_head
+    k += token * k_token + (head // GROUP) * k_head
+    g += token * g_token + head * g_head
+    beta += token * beta_token + head * beta_head
+
+    kk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    qk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    q_square = tl.zeros([CHUNK], tl.float32)
+    k_square = tl.zeros([CHUNK], tl.float32)
+    for block in range(tl.cdiv(K, BLOCK_K)):
+        columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        q_tile = load_tile(q, q_token, left, columns, K, BLOCK_K)
+        k_tile = load_tile(k, k_token, left, columns, K, BLOCK_K)
+        kk = tl.dot(k_tile, tl.trans(k_tile), kk)
+        qk = tl.dot(q_tile, tl.trans(k_tile), qk)
+        if NORMALIZE:
+            q_square += tl.sum(q_tile.to(tl.float32) * q_tile.to(tl.float32), 1)
+            k_square += tl.sum(k_tile.to(tl.float32) * k_tile.to(tl.float32), 1)
+    if NORMALIZE:
+        q_unit = tl.rsqrt(q_square + L2_EPS) * scale
+        k_unit = tl.rsqrt(k_square + L2_EPS)
+    else:
+        q_unit = tl.zeros([CHUNK], tl.float32) + scale
+        k_unit = tl.zeros([CHUNK], tl.float32) + 1.0
+
+    i = tl.arange(0, CHUNK)
+    g_row = tl.load(g + i * g_token, mask=i < left, other=0.0).to(tl.float32)
+    beta_row = tl.load(beta + i * beta_token, mask=i < left, other=0.0).to(tl.float32)
+    gates = tl.cumsum(tl.maximum(g_row, G_FLOOR), 0)
+    last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))
+    rows += (chunk * HEADS + head) * ROWS * CHUNK + i
+    tl.store(rows + ROW_G * CHUNK, gates)
+    tl.store(rows + ROW_READ * CHUNK, beta_row * tl.exp(gates) * k_unit)
+    tl.store(rows + ROW_OUT * CHUNK, tl.exp(gates) * q_unit)
+    tl.store(rows + ROW_WRITE * CHUNK, tl.exp(last - gates) * k_unit)
+
+    seen = i[:, None] >= i[None, :]
+    decay = tl.exp(tl.where(seen, gates[:, None] - gates[None, :], float("-inf"))) * k_unit[None, :]
+    square = (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
+    tl.store(attention + square, (qk * decay * q_unit[:, None]).to(attention.dtype.element_ty))
+    lower = tl.where(i[:, None] > i[None, :], kk * decay * (beta_row * k_unit)[:, None], 0.0)
+    tl.store(inverse + square, unit_lower_inverse(lower, PRECISION).to(inverse.dtype.element_ty))
