@@ -20,43 +20,56 @@ TRITON_MAX_KEY, TRITON_MAX_VALUE = 256, 512
 TRITON_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def require(condition: bool, name: str, is_now: object, accepted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {is_now}; accepted: {accepted}")
+def wrong(name: str, is_now: object, accepted: str) -> ValueError:
+    """The error for argument ``name``. Only called once something is wrong: calls are checked at every step."""
+    return ValueError(f"{name} is {is_now}; accepted: {accepted}")
 
 
-def shape_of(x: Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in x.shape) + "]"
+def describe(x: object) -> str:
+    return f"a tensor of shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
     """Shapes, dtypes and devices of q, k [..., H, K], v [..., HV, V], g, beta [..., HV] with equal leading axes."""
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
-        require(isinstance(x, Tensor), name, type(x).__name__, "a tensor")
-        require(x.dtype in FLOATS, f"{name}.dtype", x.dtype, "bfloat16, float16, float32 or float64")
-        require(x.device == q.device, f"{name}.device", x.device, f"q's device, {q.device}")
-    require(k.shape == q.shape, "k.shape", shape_of(k), f"q's shape, {shape_of(q)}")
-    require(v.dim() == q.dim(), "v.shape", shape_of(v), f"as many axes as q {shape_of(q)}")
-    lead, heads, value_heads = q.shape[:-2], q.shape[-2], v.shape[-2]
-    require(v.shape[:-2] == lead, "v.shape", shape_of(v), f"the leading axes of q {shape_of(q)}")
-    require(heads > 0 and q.shape[-1] > 0, "q.shape", shape_of(q), "at least one head and one key channel")
-    require(value_heads > 0 and v.shape[-1] > 0, "v.shape", shape_of(v), "at least one head and one value channel")
-    require(value_heads % heads == 0, "v.shape", shape_of(v), f"a number of heads that is a multiple of q's, {heads}")
+        if not isinstance(x, Tensor):
+            raise wrong(name, type(x).__name__, "a tensor")
+        if x.dtype not in FLOATS:
+            raise wrong(f"{name}.dtype", x.dtype, "bfloat16, float16, float32 or float64")
+        if x.device != q.device:
+            raise wrong(f"{name}.device", x.device, f"q's device, {q.device}")
+    if k.shape != q.shape:
+        raise wrong("k.shape", list(k.shape), f"q's shape, {list(q.shape)}")
+    if q.shape[-2] == 0 or q.shape[-1] == 0:
+        raise wrong("q.shape", list(q.shape), "at least one head and one key channel")
+    if v.dim() != q.dim():
+        raise wrong("v.shape", list(v.shape), f"as many axes as q {list(q.shape)}")
+    if v.shape[:-2] != q.shape[:-2]:
+        raise wrong("v.shape", list(v.shape), f"the leading axes of q {list(q.shape)}")
+    if v.shape[-2] == 0 or v.shape[-1] == 0:
+        raise wrong("v.shape", list(v.shape), "at least one head and one value channel")
+    if v.shape[-2] % q.shape[-2] != 0:
+        raise wrong("v.shape", list(v.shape), f"a number of heads that is a multiple of q's, {q.shape[-2]}")
     for name, x in (("g", g), ("beta", beta)):
-        require(x.shape == v.shape[:-1], f"{name}.shape", shape_of(x), f"v's without its last axis, {shape_of(v)}")
+        if x.shape != v.shape[:-1]:
+            raise wrong(f"{name}.shape", list(x.shape), f"v's without its last axis, {list(v.shape)}")
     for name, x in (("k", k), ("v", v)):
-        require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's dtype, {q.dtype}")
+        if x.dtype != q.dtype:
+            raise wrong(f"{name}.dtype", x.dtype, f"q's dtype, {q.dtype}")
 
 
 def check_state(name: str, state: Tensor, sequences: int, q: Tensor, v: Tensor) -> None:
     """A state must be [N, HV, K, V] on q's device, in fp32 (fp64 if q is)."""
+    if not isinstance(state, Tensor):
+        raise wrong(name, type(state).__name__, "a tensor")
     wanted = (sequences, v.shape[-2], q.shape[-1], v.shape[-1])
-    require(isinstance(state, Tensor), name, type(state).__name__, "a tensor")
-    layout = f"[sequences, value heads, K, V] = {list(wanted)}"
-    require(tuple(state.shape) == wanted, f"{name}.shape", shape_of(state), layout)
+    if state.shape != wanted:
+        raise wrong(f"{name}.shape", list(state.shape), f"[sequences, value heads, K, V] = {list(wanted)}")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    require(state.dtype == dtype, f"{name}.dtype", state.dtype, f"{dtype} for q in {q.dtype}")
-    require(state.device == q.device, f"{name}.device", state.device, f"q's device, {q.device}")
+    if state.dtype != dtype:
+        raise wrong(f"{name}.dtype", state.dtype, f"{dtype} for q in {q.dtype}")
+    if state.device != q.device:
+        raise wrong(f"{name}.device", state.device, f"q's device, {q.device}")
 
 
 def check_arguments(
@@ -69,17 +82,21 @@ def check_arguments(
     cu_seqlens: Tensor | None,
 ) -> None:
     """All that can be checked without looking at a value, hence while tracing too."""
-    require(isinstance(q, Tensor) and q.dim() == 4, "q", _describe(q), "a tensor of shape [B, T, H, K]")
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        raise wrong("q", describe(q), "a tensor of shape [B, T, H, K]")
     check_tokens(q, k, v, g, beta)
     sequences = q.shape[0]
     if cu_seqlens is not None:
-        require(isinstance(cu_seqlens, Tensor), "cu_seqlens", type(cu_seqlens).__name__, "a tensor or None")
-        dtypes = (torch.int32, torch.int64)
-        require(cu_seqlens.dtype in dtypes, "cu_seqlens.dtype", cu_seqlens.dtype, "int32 or int64")
-        require(cu_seqlens.dim() == 1, "cu_seqlens.shape", shape_of(cu_seqlens), "[N + 1]")
-        require(cu_seqlens.shape[0] >= 2, "cu_seqlens.shape", shape_of(cu_seqlens), "[N + 1] with N >= 1 sequences")
-        require(cu_seqlens.device == q.device, "cu_seqlens.device", cu_seqlens.device, f"q's device, {q.device}")
-        require(q.shape[0] == 1, "q.shape", shape_of(q), "B = 1 where cu_seqlens packs the sequences")
+        if not isinstance(cu_seqlens, Tensor):
+            raise wrong("cu_seqlens", type(cu_seqlens).__name__, "a tensor or None")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise wrong("cu_seqlens.dtype", cu_seqlens.dtype, "int32 or int64")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise wrong("cu_seqlens.shape", list(cu_seqlens.shape), "[N + 1] with N >= 1 sequences")
+        if cu_seqlens.device != q.device:
+            raise wrong("cu_seqlens.device", cu_seqlens.device, f"q's device, {q.device}")
+        if q.shape[0] != 1:
+            raise wrong("q.shape", list(q.shape), "B = 1 where cu_seqlens packs the sequences")
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         check_state("initial_state", initial_state, sequences, q, v)
@@ -87,28 +104,30 @@ def check_arguments(
 
 def check_triton(q: Tensor, v: Tensor) -> None:
     """What the Triton kernels do not take."""
-    require(q.dtype in TRITON_FLOATS, "q.dtype", q.dtype, "bfloat16, float16 or float32 in the Triton kernels")
-    require(q.shape[-1] <= TRITON_MAX_KEY, "q.shape", shape_of(q), f"K <= {TRITON_MAX_KEY} in the Triton kernels")
-    require(v.shape[-1] <= TRITON_MAX_VALUE, "v.shape", shape_of(v), f"V <= {TRITON_MAX_VALUE} in the Triton kernels")
-
-
-def _describe(x: object) -> str:
-    return f"a tensor of shape {shape_of(x)}" if isinstance(x, Tensor) else type(x).__name__
+    if q.dtype not in TRITON_FLOATS:
+        raise wrong("q.dtype", q.dtype, "bfloat16, float16 or float32 in the Triton kernels")
+    if q.shape[-1] > TRITON_MAX_KEY:
+        raise wrong("q.shape", list(q.shape), f"K <= {TRITON_MAX_KEY} in the Triton kernels")
+    if v.shape[-1] > TRITON_MAX_VALUE:
+        raise wrong("v.shape", list(v.shape), f"V <= {TRITON_MAX_VALUE} in the Triton kernels")
 
 
 def check_gates(g: Tensor) -> None:
     """g is the log of a decay: at most 0 (NaN passes, as it does everywhere else)."""
     if bool((g > 0).any()):
-        require(False, "max(g)", float(g.detach().max()), "g <= 0, the log of a decay in [0, 1]")
+        raise wrong("max(g)", float(g[g > 0].max()), "g <= 0, the log of a decay in [0, 1]")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, time: int) -> None:
     """Offsets must start at 0, never decrease, and end at T."""
     values = cu_seqlens.tolist()
-    require(values[0] == 0, "cu_seqlens[0]", values[0], "0")
-    require(values[-1] == time, "cu_seqlens[-1]", values[-1], f"the number of tokens, {time}")
+    if values[0] != 0:
+        raise wrong("cu_seqlens[0]", values[0], "0")
     for n, (start, end) in enumerate(pairwise(values)):
-        require(start <= end, f"cu_seqlens[{n + 1}]", f"{end} after {start}", "offsets that never decrease")
+        if start > end:
+            raise wrong(f"cu_seqlens[{n + 1}]", f"{end} after {start}", "offsets that never decrease")
+    if values[-1] != time:
+        raise wrong("cu_seqlens[-1]", values[-1], f"the number of tokens, {time}")
 
 
 class ValueChecks:

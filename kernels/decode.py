@@ -33,7 +33,8 @@ def gated_delta_rule_step(
 
     Plain PyTorch: it differentiates, compiles, and can be captured in a CUDA graph. Computed in the state's dtype.
     """
-    checks.require(isinstance(q, Tensor) and q.dim() == 3, "q", getattr(q, "shape", q), "a tensor of shape [B, H, K]")
+    if not isinstance(q, Tensor) or q.dim() != 3:
+        raise checks.wrong("q", checks.describe(q), "a tensor of shape [B, H, K]")
     checks.check_tokens(q, k, v, g, beta)
     checks.check_state("state", state, q.shape[0], q, v)
     if g.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -70,7 +70,7 @@ def test_wrong_tensors(changes, message):
     [
         ([0, 5], "cu_seqlens is list; accepted: a tensor or None"),
         (torch.tensor([0.0, 5.0]), "cu_seqlens.dtype is torch.float32; accepted: int32 or int64"),
-        (torch.tensor([[0, 5]]), r"cu_seqlens.shape is \[1, 2\]; accepted: \[N \+ 1\]"),
+        (torch.tensor([[0, 5]]), r"cu_seqlens.shape is \[1, 2\]; accepted: \[N \+ 1\] with N >= 1"),
         (torch.tensor([0]), r"cu_seqlens.shape is \[1\]; accepted: \[N \+ 1\] with N >= 1"),
         (torch.tensor([1, 5]), r"cu_seqlens\[0\] is 1; accepted: 0"),
         (torch.tensor([0, 4]), r"cu_seqlens\[-1\] is 4; accepted: the number of tokens, 5"),

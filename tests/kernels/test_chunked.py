@@ -152,9 +152,7 @@ def test_no_tokens(problem):
 @pytest.mark.parametrize("normalize_qk", [True, False])
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 1, 1, CHUNK + 2]])
 def test_gradcheck(problem, normalize_qk, cu_seqlens):
-    p = problem(
-        B=1, T=CHUNK + 2, H=1, K=2, V=3, dtype=torch.float64, normalize_qk=normalize_qk, cu_seqlens=cu_seqlens
-    )
+    p = problem(B=1, T=CHUNK + 2, H=1, K=2, V=3, dtype=torch.float64, normalize_qk=normalize_qk, cu_seqlens=cu_seqlens)
     leaves = [x.requires_grad_() for x in p.inputs.values()]
 
     def function(q, k, v, g, beta, initial_state):
