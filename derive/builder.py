@@ -196,12 +196,13 @@ class Builder:
         *,
         multiplier: str | None = "attn_scale",
         power: int | str | Expr = 0,
+        scores: str | None = None,
         output: str | None = None,
     ) -> Tensor:
         """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit."""
         heads = q.shape[:-1]
-        scores = self.contract(q, k, *heads)
-        probabilities = self.pointwise("softmax", self.scale(scores, power, multiplier=multiplier, output="scores"))
+        logits = self.scale(self.contract(q, k, *heads), power, multiplier=multiplier, output=scores)
+        probabilities = self.pointwise("softmax", logits)
         return self.contract(probabilities, v, *heads, v.shape[-1], output=output)
 
     def scan(

@@ -96,7 +96,7 @@ def n_to(value: Expr) -> str:
     return f"n^({text})" if " " in text else f"n^{text}"
 
 
-_TOKEN = re.compile(r"\s*(?:(\d{1,6})|([a-z][a-z0-9_]{0,15})|([-+*/(),]))")
+_TOKEN = re.compile(r" *(?:(\d{1,6})|([a-z][a-z0-9_]{0,15})|([-+*/(),]))")
 
 
 def parse(text: str) -> Expr:
@@ -109,7 +109,7 @@ def parse(text: str) -> Expr:
     if not isinstance(text, str) or len(text) > 200:
         raise refused
     tokens: list[str] = []
-    position, end = 0, len(text.rstrip())
+    position, end = 0, len(text.rstrip(" "))
     while position < end:
         match = _TOKEN.match(text, position)
         if match is None:

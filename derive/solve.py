@@ -46,6 +46,7 @@ class Knobs:
     fixed: Mapping[tuple[str, str], Expr] = field(default_factory=dict)
     values: dict[Symbol, Expr] = field(default_factory=dict)
     bindings: dict[Symbol, Fact] = field(default_factory=dict)
+    tight: dict[Symbol, Constraint] = field(default_factory=dict)
     violations: list[Violation] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     _open: dict[Symbol, tuple[str, str, str]] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class Knobs:
             if symbol not in tightest or not at_most(tightest[symbol][0], bound):
                 tightest[symbol] = (bound, constraint)
         for symbol, (bound, constraint) in tightest.items():
-            self.values[symbol] = bound
+            self.values[symbol], self.tight[symbol] = bound, constraint
             kind, name, _ = self._open.pop(symbol)
             self.bindings[symbol] = Fact(_title(kind, name), bound, constraint.reason, (constraint.fact,))
         for constraint in checks:

@@ -24,7 +24,7 @@ def transformer(
         v = g.reshape(g.linear(h, "attn.v_proj", heads * head_dim), heads, head_dim, output="v")
         if qk_norm:
             q, k = g.norm(q, "attn.q_norm", output="q_normed"), g.norm(k, "attn.k_norm", output="k_normed")
-        o = g.attention(q, k, v, output="o")
+        o = g.attention(q, k, v, scores="scores", output="o")
         return g.linear(g.reshape(o, queries * head_dim), "attn.o_proj", width, output="y")
 
     language_model(g, width, depth, tied, mixer)
