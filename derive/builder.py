@@ -55,6 +55,7 @@ class Builder:
         self._shapes: dict[str, Shape] = {}
         self._named: list[str] = []
         self._dims: dict[str, Dim] = {}
+        self._carries: list[tuple[str, str]] = []
         self._prefix, self._repeats = "", 1
 
     # -- declarations -------------------------------------------------------------------------------------------
@@ -87,8 +88,8 @@ class Builder:
     def repeat(self, prefix: str, count: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``count`` layers of one kind, described and solved once.
 
-        Sound because a layer's input and output are kept at one size: a residual stream or an activation that is
-        Θ(1) going in and coming out looks the same to the next layer.
+        Sound where a layer's output looks to the next one as its input did: both must have the same size (or deriving
+        fails), and the same size of gradient (or a finding says by how much it drifts).
         """
         if count < 1:
             raise DeriveError(f"a block repeated {count} times", where=_caller(), cure="repeat it at least once")
@@ -100,6 +101,7 @@ class Builder:
                 where=_caller(),
                 cure="end it with the shape it starts from",
             )
+        self._carries.append((x.name, y.name))
         return y
 
     # -- ops ----------------------------------------------------------------------------------------------------
@@ -248,6 +250,7 @@ class Builder:
             MappingProxyType(dict(self._shapes)),
             tuple(self._named),
             MappingProxyType(self._options),
+            tuple(self._carries),
         )
         if not any(node.op == "cross_entropy" for node in graph.ordered):
             raise DeriveError(f"architecture {self._name!r} has no loss", cure="end it with Builder.cross_entropy")

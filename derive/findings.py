@@ -21,7 +21,7 @@ def sinking_norms(walk: Forward) -> Iterator[Finding]:
         if node.op not in ("rms_norm", "layer_norm", "l2_norm"):
             continue
         source = node.inputs[0]
-        maker = next((each for each in walk.graph.nodes if each.output == source), None)
+        maker = walk.graph.makers.get(source)
         size = divisor(node, walk.states[source].init.size)
         carrier = maker.attrs.get("carrier") if maker is not None and maker.op == "scale" else None
         applied = walk.knobs.value(factor(walk, maker)) if maker is not None and carrier else ZERO
@@ -125,6 +125,22 @@ def broken_bounds(walk: Forward) -> Iterator[Finding]:
         )
 
 
+def drifting_gradients(walk: Backward) -> Iterator[Finding]:
+    """A gradient that grows from layer to layer has no one rule for all layers of a repeated block."""
+    for before, after in walk.graph.carries:
+        if before in walk.gradients and after in walk.gradients:
+            drift = walk.gradients[before].size - walk.gradients[after].size
+            if drift != ZERO:
+                yield Finding(
+                    "gradient-depth",
+                    before,
+                    drift,
+                    f"the gradient changes by {n_to(drift)} in each repeated layer; sizes printed are those of the "
+                    "last layer",
+                    "find the factor that the branch lacks (a norm on what grows, or a smaller fixed scale)",
+                )
+
+
 def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Finding]:
     """Rules that change past the crossovers: both branches are derived, the one below them is printed."""
     for rule, other in zip(here, past, strict=True):
@@ -135,10 +151,8 @@ def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Fin
                     "crossover",
                     rule.role,
                     theirs - mine,
-                    f"{knob} of {rule.role} is {n_to(mine)} below the crossovers and {n_to(theirs)} past "
-                    "them, where means left by nonlinearities dominate and training has aligned forward with "
-                    "backward",
-                    "derive with --regime asymptotic for widths past them (docs/theory.md has estimates)",
+                    f"{knob} {n_to(mine)} below the crossovers, {n_to(theirs)} past them",
+                    "derive with --regime asymptotic for widths past the crossovers (docs/theory.md has estimates)",
                 )
 
 
@@ -148,4 +162,6 @@ def collect(walk: Backward) -> tuple[Finding, ...]:
     for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, broken_bounds):
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
+    for finding in drifting_gradients(walk):
+        found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())

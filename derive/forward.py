@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sympy import Expr
 
 from widthwise.derive.assume import Assumptions
+from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ZERO, largest, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Graph, Node, Parameter
@@ -73,7 +74,20 @@ class Forward:
         self.knobs.finish()
         for name in self.states:
             self.states[name] = self._resolved(self.states[name])
+        self._check_carries()
         return self
+
+    def _check_carries(self) -> None:
+        """Refuse a repeated block whose output does not look to the next layer as its input did."""
+        for before, after in self.graph.carries:
+            sizes = [self.states[name].init.size for name in (before, after)]
+            if sizes[0] != sizes[1]:
+                raise DeriveError(
+                    f"a repeated block takes {before} of size {n_to(sizes[0])} to {after} of size {n_to(sizes[1])}, "
+                    "so its layers differ",
+                    where=after,
+                    cure="describe the layers one by one",
+                )
 
     # -- parameters ---------------------------------------------------------------------------------------------
 

@@ -118,21 +118,21 @@ def _owner(walk: Backward, node: Node | None, role: str) -> str | None:
     """The parameter that can take a multiplier: found upstream along ops that are linear in it."""
     if node is None:
         return role
-    makers = {each.output: each for each in walk.graph.nodes}
+    makers = walk.graph.makers
     while True:
         weight = node.inputs[1] if node.op in ("linear", "conv1d") else None
         if weight is not None:
-            alone = sum(1 for _ in walk.graph.consumers(weight)) == 1
+            alone = len(walk.graph.consumers(weight)) == 1
             if alone:
                 return weight
             source = node.inputs[0]  # a tied weight: look at what it multiplies
         elif node.op in ("scale", "reshape", "einsum"):
             for candidate in node.inputs:
-                if candidate in walk.graph.parameters and sum(1 for _ in walk.graph.consumers(candidate)) == 1:
+                if candidate in walk.graph.parameters and len(walk.graph.consumers(candidate)) == 1:
                     return candidate
             source = node.inputs[0]
         else:
             return None
-        if sum(1 for _ in walk.graph.consumers(source)) != 1 or source not in makers:
+        if len(walk.graph.consumers(source)) != 1 or source not in makers:
             return None
         node = makers[source]

@@ -6,17 +6,19 @@ token carries, with its width-dependent (and other) axes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from sympy import Expr
 
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ZERO
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A whole architecture. ``named`` are the tensors the author named, which is what tables list."""
+    """A whole architecture. ``named`` are the tensors the author named, which is what tables list; ``carries`` are
+    the (input, output) tensors of each repeated block."""
 
     name: str
     nodes: tuple[Node, ...]
@@ -112,15 +115,18 @@ class Graph:
     shapes: Mapping[str, Shape]
     named: tuple[str, ...]
     options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    carries: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def network(self) -> nx.MultiDiGraph:
-        """Nodes are output tensors; an edge leads from each input of an op to its output."""
+        """Nodes are tensors; an edge leads from each input of an op to its output, with the node and the slot."""
+        import networkx as nx  # a fifth of a second, and a graph written in order never needs it
+
         network = nx.MultiDiGraph()
         for node in self.nodes:
-            network.add_node(node.output, node=node)
+            network.add_node(node.output)
             for slot, source in enumerate(node.inputs):
-                network.add_edge(source, node.output, slot=slot)
+                network.add_edge(source, node.output, node=node, slot=slot)
         return network
 
     @cached_property
@@ -135,6 +141,7 @@ class Graph:
             if node.output in makers or node.output in self.parameters:
                 raise DeriveError(f"tensor {node.output!r} is made twice", where=node.where, cure="rename one of them")
             makers[node.output] = node
+        in_order, made = True, set(self.parameters)
         for node in self.nodes:
             for source in node.inputs:
                 if source not in makers and source not in self.parameters:
@@ -143,9 +150,15 @@ class Graph:
                         where=node.where,
                         cure="add it with Builder.input or Builder.parameter",
                     )
-        try:
-            # lexicographic by place in the description, so that the walk and its proofs read in the author's order
-            place = {node.output: index for index, node in enumerate(self.nodes)}
+            in_order = in_order and made.issuperset(node.inputs)
+            made.add(node.output)
+        return self.nodes if in_order else self._sorted(makers)
+
+    def _sorted(self, makers: Mapping[str, Node]) -> tuple[Node, ...]:
+        import networkx as nx
+
+        place = {node.output: index for index, node in enumerate(self.nodes)}
+        try:  # by place in the description where there is a choice, so that proofs read in the author's order
             order = list(nx.lexicographical_topological_sort(self.network, key=lambda name: place.get(name, -1)))
         except nx.NetworkXUnfeasible:
             cycle = [edge[0] for edge in nx.find_cycle(self.network)]
@@ -156,8 +169,19 @@ class Graph:
             ) from None
         return tuple(makers[name] for name in order if name in makers)
 
-    def consumers(self, tensor: str) -> Iterator[tuple[Node, int]]:
+    def consumers(self, tensor: str) -> tuple[tuple[Node, int], ...]:
         """Each (node, input slot) that reads the tensor."""
-        if tensor in self.network:
-            for _, reader, data in self.network.out_edges(tensor, data=True):
-                yield self.network.nodes[reader]["node"], data["slot"]
+        return self._readers.get(tensor, ())
+
+    @cached_property
+    def _readers(self) -> Mapping[str, tuple[tuple[Node, int], ...]]:
+        readers: dict[str, tuple[tuple[Node, int], ...]] = {}
+        for node in self.nodes:
+            for slot, source in enumerate(node.inputs):
+                readers[source] = (*readers.get(source, ()), (node, slot))
+        return readers
+
+    @cached_property
+    def makers(self) -> Mapping[str, Node]:
+        """The node that makes each tensor."""
+        return {node.output: node for node in self.nodes}

@@ -14,11 +14,11 @@ def proof_lines(table: RuleTable, role: str) -> list[str]:
         DeriveError: for an unknown role, or a table that was read from a file and carries no proofs.
     """
     rule = table.rule(role)
-    if role not in table.proofs:
+    if role not in table.prove:
         raise DeriveError(f"this table carries no proof of {role!r}", cure="derive it again: files keep rules only")
     numbers: dict[int, int] = {}
     lines: list[str] = []
-    for number, fact in enumerate(table.proofs[role], 1):
+    for number, fact in enumerate(table.prove[role](), 1):
         numbers[id(fact)] = number
         resting = sorted({numbers[id(parent)] for parent in fact.parents})
         source = f" (from {', '.join(map(str, resting))})" if resting else ""

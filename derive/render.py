@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from sympy import Expr, latex
@@ -67,13 +68,14 @@ def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableT
     parts: list[RenderableType] = [grid]
     if table.findings:
         parts.append(Text(f"\n{len(table.findings)} findings", style="bold"))
-        parts += [
-            Text.from_markup(
-                f"[yellow]{finding.kind}[/yellow] [bold]{escape(finding.where)}[/bold]: "
-                f"{escape(finding.message)}\n    → {escape(finding.cure)}"
-            )
-            for finding in table.findings
-        ]
+        for cure, group in groupby(table.findings, key=lambda finding: finding.cure):
+            parts += [
+                Text.from_markup(
+                    f"[yellow]{each.kind}[/yellow] [bold]{escape(each.where)}[/bold]: {escape(each.message)}"
+                )
+                for each in group
+            ]
+            parts.append(Text(f"    → {cure}"))
     if assumptions:
         parts.append(Text("\nassumed", style="bold"))
         parts += [Text(f"- {line}") for line in table.assumptions]

@@ -144,7 +144,7 @@ def _coherent(left: Odd, right: Odd, axis: Dim, branch: str, means: str) -> tupl
     if branch == "incoherent":
         return False, f"incoherent over {axis} (assumed)", []
     fraction, witness = 1.0, ""
-    for mine, other in ((left, right), (right, left)):
+    for mine, other in ((right, left), (left, right)):
         touching = {flip: mean for flip, mean in mine.items() if axis.name in flip.axes and flip not in other}
         if touching:
             flip = min(touching, key=lambda each: (touching[each], each.source))

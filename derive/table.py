@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class RuleTable:
-    """Everything a derivation found. Equal derivations have equal hashes; proofs are kept beside, not hashed."""
+    """Everything a derivation found. Equal derivations have equal hashes; proofs are kept beside (as the work
+    still to do for one), not hashed."""
 
     architecture: str
     optimizer: str
@@ -111,7 +113,7 @@ class RuleTable:
     rules: tuple[Rule, ...]
     tensors: tuple[TensorSize, ...]
     findings: tuple[Finding, ...]
-    proofs: Mapping[str, tuple[Fact, ...]] = field(
+    prove: Mapping[str, Callable[[], tuple[Fact, ...]]] = field(
         default_factory=lambda: MappingProxyType({}), compare=False, repr=False
     )
 
@@ -139,7 +141,7 @@ class RuleTable:
             tuple(each.rule for each in derived),
             _tensors(walk),
             findings,
-            {each.rule.role: _proof(walk, each.facts) for each in derived},
+            {each.rule.role: partial(_proof, walk, each.facts) for each in derived},
         )
 
     def with_findings(self, more: Iterable[Finding]) -> RuleTable:

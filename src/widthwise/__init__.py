@@ -1,8 +1,12 @@
 """widthwise: exact width-scaling rules, derived from an architecture's computation graph."""
 
-from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("widthwise")
-except PackageNotFoundError:  # a checkout on sys.path, nothing installed
-    __version__ = "0+checkout"
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(name)
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and seldom asked for
+
+    try:
+        return version("widthwise")
+    except PackageNotFoundError:  # a checkout on sys.path, nothing installed
+        return "0+checkout"

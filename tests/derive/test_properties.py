@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sympy import Expr, Rational, linsolve
 
-from widthwise.derive import Builder, Graph, Rule, RuleTable, Tensor, architecture, derive
+from widthwise.derive import Builder, DeriveError, Graph, Rule, RuleTable, Tensor, architecture, derive
 from widthwise.derive.assume import PRESETS, SETS, assumptions
 from widthwise.derive.backward import Backward
 from widthwise.derive.forward import Forward
@@ -170,3 +170,27 @@ def test_the_absorbed_gauge_is_what_pinning_its_knobs_derives(name: str, which: 
 
 def knobs_of(rule: Rule) -> tuple[Expr | None, ...]:
     return (rule.init_std, rule.multiplier, rule.lr, rule.weight_decay, rule.eps)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_repeated_block_is_its_layers_written_out(name: str) -> None:
+    once = derive(architecture("mlp", bias=False), name)
+    g = Builder("written out")
+    width = g.dim("n", 1)
+    h = g.pointwise("relu", g.linear(g.input("x", g.dim("F")), "input", width))
+    for role in ("hidden", "hidden2", "hidden3"):
+        h = g.pointwise("relu", g.linear(h, role, width))
+    g.cross_entropy(g.readout(h, "output", g.dim("C")))
+    written = derive(g.build(), name)
+    for role in ("hidden", "hidden2", "hidden3"):
+        assert knobs_of(written.rule(role)) == knobs_of(once.rule("hidden"))
+
+
+def test_a_block_that_changes_size_cannot_repeat() -> None:
+    g = Builder("drifting")
+    width = g.dim("n", 1)
+    h = g.norm(g.linear(g.input("x", g.dim("F")), "first", width))
+    h = g.repeat("layers", 3, lambda x: g.scale(g.pointwise("relu", g.linear(x, "w", width)), "-1/2"), h)
+    g.cross_entropy(g.readout(h, "head", g.dim("C")))
+    with pytest.raises(DeriveError, match="a repeated block takes"):
+        derive(g.build())

@@ -1,0 +1,46 @@
+# Two commands for a fresh machine with Python ≥ 3.11: `make demo` and `make test`. Each sets itself up in .venv.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint goldens clean
+
+demo: $(VENV)/base
+	@mkdir -p out
+	@for optimizer in adamw sgd; do for scaling in heads-fixed head-dim-fixed; do \
+	  $(BIN)/widthwise derive gated_deltanet --optimizer $$optimizer --scaling $$scaling || exit 1; \
+	  $(BIN)/widthwise derive gated_deltanet --optimizer $$optimizer --scaling $$scaling --format toml \
+	    --output out/gated_deltanet-$$optimizer-$$scaling.toml || exit 1; \
+	done; done
+	@$(BIN)/widthwise explain gated_deltanet a_proj --optimizer sgd > out/proof-a_proj-sgd.txt
+	@echo; echo "Under out/: the four rule tables as TOML, and the proof of one rule (proof-a_proj-sgd.txt), which ends:"
+	@tail -n 4 out/proof-a_proj-sgd.txt
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p widthwise.derive -p widthwise.codegen -m widthwise.cli
+	PYTHONPATH=src $(BIN)/lint-imports
+
+goldens: $(VENV)/dev
+	$(BIN)/python -m pytest tests/derive/test_golden.py --update-goldens
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "widthwise needs Python 3.11 or newer: set PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev,torch]'
+	@touch $@ $(VENV)/base
+
+clean:
+	rm -rf $(VENV) out build *.egg-info src/*.egg-info
