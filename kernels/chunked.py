@@ -8,7 +8,8 @@ from the chunk's start, e = exp(G), D_ij = exp(G_i - G_j) for i >= j (else 0), a
     O = e Q S + (Q K^T * D) U                   with scale folded into Q
     S' = e_C S + (D_C K)^T U                    D_C is D's last row
 
-S' is affine in S: S' = F S + E. Everything but that recurrence is batched over chunks, heads and sequences.
+With W = (I + A)^-1 beta e K known, U - and so S' - is affine in S; that recurrence alone runs chunk by chunk, and
+everything else is batched over chunks, heads and sequences.
 Gradients that run through g only ever sum what they should and never take differences of prefix sums, so they keep
 their relative accuracy however small the gates are.
 """
@@ -109,21 +110,27 @@ class Layout:
 
 
 class Chunks(NamedTuple):
-    """The inputs in chunks, Z = M*HV of them, and what both directions need. q carries the scale."""
+    """Z = M*HV chunks. All of it is kept for the backward pass: on a CPU memory is cheaper than computing again."""
 
-    q: Tensor  # [Z, C, K]
+    q: Tensor  # [Z, C, K], carrying the scale
     k: Tensor  # [Z, C, K]
     v: Tensor  # [Z, C, V]
     beta: Tensor  # [Z, C, 1]
     decay: Tensor  # [Z, C, C]  D
     into: Tensor  # [Z, C, 1]   e: from the chunk's start through token i
-    out: Tensor  # [Z, C, 1]    from after token i to the chunk's end
+    out: Tensor  # [Z, C, 1]    D_C: from after token i to the chunk's end
     recall: Tensor  # [Z, C, C] strictly_lower(K K^T * D): A without beta
+    read: Tensor  # [Z, C, C]   Q K^T * D
+    inverse: Tensor  # [Z, C, C] (I + A)^-1
+    w: Tensor  # [Z, C, K]      (I + A)^-1 beta e K
+    k_out: Tensor  # [Z, C, K]  D_C K
+    u: Tensor  # [Z, C, V]      U; before the states are known, what it would be from S = 0
+    entering: Tensor  # [Z, K, V] S
 
-    @property
-    def through(self) -> Tensor:
-        """[Z, 1, 1]: the decay from the chunk's start to its end."""
-        return self.into[:, -1:]
+    @staticmethod
+    def shapes(K: int, V: int) -> list[tuple[int, int]]:
+        C = CHUNK
+        return [(C, K), (C, K), (C, V), (C, 1), (C, C), *[(C, 1)] * 2, *[(C, C)] * 3, *[(C, K)] * 2, (C, V), (K, V)]
 
 
 def norms(x: Tensor) -> Tensor:
@@ -139,26 +146,26 @@ def without_diagonal(x: Tensor) -> Tensor:
 def into_chunks(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, normalize_qk: bool
 ) -> Chunks:
+    """Everything that can be computed without the states (``entering`` is left uninitialized)."""
     dtype, heads = state_dtype(q.dtype), v.shape[2]
     q, k = q.to(dtype), k.to(dtype)
     q = q * (norms(q) * scale if normalize_qk else scale)
     k = k * norms(k) if normalize_qk else k
     q, k, v, beta = (layout.gather(x.to(dtype), heads) for x in (q, k, v, beta))
+    beta = beta.unsqueeze(-1)
     # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
     total = layout.gather(g.to(torch.float64).clamp(min=LOWEST_GATE), heads).cumsum(-1).unsqueeze(-1)
     upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     decay = (total - total.mT).to(dtype).masked_fill_(upper, -torch.inf).exp_()
     into, out = total.to(dtype).exp(), (total[:, -1:] - total).to(dtype).exp()
     recall = without_diagonal((k @ k.mT).mul_(decay))
-    return Chunks(q, k, v, beta.unsqueeze(-1), decay, into, out, recall)
-
-
-def transition(c: Chunks, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """W = (I + A)^-1 beta e K, and the F [Z, K, K] of S' = F S + E."""
-    w = inverse @ (c.k * (c.beta * c.into))
-    f = torch.bmm((c.k * c.out).mT, w).neg_()
-    f.diagonal(dim1=-2, dim2=-1).add_(c.through.squeeze(-1))
-    return w, f
+    read = (q @ k.mT).mul_(decay)
+    identity = torch.eye(CHUNK, dtype=dtype, device=q.device).expand_as(recall)
+    inverse = torch.linalg.solve_triangular(recall * beta, identity, upper=False, unitriangular=True).contiguous()
+    w = inverse @ (k * (beta * into))
+    u = inverse @ (v * beta)
+    entering = q.new_empty(q.shape[0], q.shape[-1], v.shape[-1])
+    return Chunks(q, k, v, beta, decay, into, out, recall, read, inverse, w, k * out, u, entering)
 
 
 def pad_to(x: Tensor, rows: int) -> Tensor:
@@ -176,28 +183,19 @@ def forward(
     cu_seqlens: Tensor | None,
     normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """See :meth:`widthwise.kernels.op.Backend.forward`. Saved: each chunk's entering state, and (I + A)^-1."""
+    """See :meth:`widthwise.kernels.op.Backend.forward`. Saved are the fields of :class:`Chunks`."""
     (batch, time), heads = q.shape[:2], v.shape[2]
     layout = Layout.of(batch, time, cu_seqlens, q.device)
     c = into_chunks(layout, q, k, v, g, beta, scale, normalize_qk)
-    identity = torch.eye(CHUNK, dtype=c.q.dtype, device=q.device).expand_as(c.recall)
-    inverse = torch.linalg.solve_triangular(c.recall * c.beta, identity, upper=False, unitriangular=True)
-    w, f = transition(c, inverse)
-    u = inverse @ (c.v * c.beta)  # the writes, as they would be from S = 0
-    e = torch.bmm((c.k * c.out).mT, u)
-
     state = layout.states(initial_state, c.q, heads, q.shape[-1], v.shape[-1])
-    entering = torch.empty_like(e)
     for start, end in layout.steps:
         now, active = slice(start * heads, end * heads), slice((end - start) * heads)
-        entering[now] = state[active]
-        torch.baddbmm(e[now], f[now], entering[now], out=state[active])
-
-    u.baddbmm_(w, entering, alpha=-1)
-    o = torch.bmm((c.q @ c.k.mT).mul_(c.decay), u).baddbmm_(c.q * c.into, entering)
+        c.entering[now] = state[active]
+        c.u[now].baddbmm_(c.w[now], state[active], alpha=-1)
+        state[active].mul_(c.into[now, -1:]).baddbmm_(c.k_out[now].mT, c.u[now])
+    o = torch.bmm(c.read, c.u).baddbmm_(c.q * c.into, c.entering)
     bound = chunk_bound(q, cu_seqlens) * heads
-    saved = pad_to(entering, bound), pad_to(inverse, bound)
-    return layout.scatter(o, v).to(q.dtype), layout.unsort(state), saved
+    return layout.scatter(o, v).to(q.dtype), layout.unsort(state), tuple(pad_to(x, bound) for x in c)
 
 
 def saved_like(
@@ -213,8 +211,7 @@ def saved_like(
 ) -> tuple[Tensor, ...]:
     """See :meth:`widthwise.kernels.op.Backend.saved_like`."""
     rows, dtype = chunk_bound(q, cu_seqlens) * v.shape[2], state_dtype(q.dtype)
-    entering = q.new_empty((rows, q.shape[-1], v.shape[-1]), dtype=dtype)
-    return entering, q.new_empty((rows, CHUNK, CHUNK), dtype=dtype)
+    return tuple(q.new_empty((rows, *shape), dtype=dtype) for shape in Chunks.shapes(q.shape[-1], v.shape[-1]))
 
 
 def backward(
@@ -234,47 +231,44 @@ def backward(
     """See :meth:`widthwise.kernels.op.Backend.backward`. ``dx`` is the gradient with respect to ``x`` throughout."""
     (batch, time), heads = q.shape[:2], v.shape[2]
     layout = Layout.of(batch, time, cu_seqlens, q.device)
-    c = into_chunks(layout, q, k, v, g, beta, scale, normalize_qk)
-    entering, inverse = (x[: c.q.shape[0]] for x in saved)
+    c = Chunks(*(x[: layout.tokens.shape[0] * heads] for x in saved))
     do = layout.gather(do.to(c.q.dtype), heads)
-    w, f = transition(c, inverse)
-    read = (c.q @ c.k.mT).mul_(c.decay)
 
-    # The recurrence backward: dS = F^T dS' + what this chunk's outputs ask of S.
-    du = read.mT @ do
-    asked = torch.bmm((c.q * c.into).mT, do).baddbmm_(w.mT, du, alpha=-1)
+    # The recurrence backward: dU = (what O asks of U) + D_C K dS', dS = (what O asks of S) + e_C dS' - W^T dU.
+    du = c.read.mT @ do
+    asked = torch.bmm((c.q * c.into).mT, do)
     dstate = layout.states(dfinal_state, c.q, heads, q.shape[-1], v.shape[-1])
     dleaving = torch.empty_like(asked)
     for start, end in reversed(layout.steps):
         now, active = slice(start * heads, end * heads), slice((end - start) * heads)
         dleaving[now] = dstate[active]
-        torch.baddbmm(asked[now], f[now].mT, dleaving[now], out=dstate[active])
+        du[now].baddbmm_(c.k_out[now], dstate[active])
+        dstate[active].mul_(c.into[now, -1:]).add_(asked[now]).baddbmm_(c.w[now].mT, du[now], alpha=-1)
 
     # The writes: U = (I + A)^-1 beta Y with Y = V - e K S.
-    du.baddbmm_(c.k * c.out, dleaving)
-    y = torch.baddbmm(c.v, c.k * c.into, entering, alpha=-1)
-    u = inverse @ (c.beta * y)
-    dy_over_beta = inverse.mT @ du
-    da = torch.bmm(dy_over_beta, u.mT).neg_()
-    dbeta = (dy_over_beta * y).sum(-1) + (da * c.recall).sum(-1)
-    dv = dy_over_beta * c.beta
+    y = torch.baddbmm(c.v, c.k * c.into, c.entering, alpha=-1)
+    dwrite = c.inverse.mT @ du  # of beta Y
+    drecall = torch.bmm(dwrite, c.u.mT).neg_()
+    dbeta = y.mul_(dwrite).sum(-1)
+    dv = dwrite.mul_(c.beta)
 
-    # Within the chunk: dread and drecall are gradients times their own decays, hence of Q K^T and K K^T.
-    dread = torch.bmm(do, u.mT).mul_(c.decay)
-    drecall = without_diagonal(da.mul_(c.beta).mul_(c.decay))
-    dq_state = torch.bmm(do, entering.mT).mul_(c.into)
-    dk_in = torch.bmm(dv, entering.mT).mul_(-c.into)
-    dk_out = torch.bmm(u, dleaving.mT).mul_(c.out)
-    dq = torch.baddbmm(dq_state, dread, c.k)
-    dk = torch.baddbmm(dk_in + dk_out, dread.mT, c.q).baddbmm_(drecall + drecall.mT, c.k)
+    # Within the chunk. No gate touches the diagonals, so gradients through the decays leave them out.
+    pairs = drecall * c.recall
+    dbeta += pairs.sum(-1)
+    dread = do @ c.u.mT
+    pairs.mul_(c.beta).addcmul_(dread, c.read)
+    dread.mul_(c.decay)
+    drecall = without_diagonal(drecall.mul_(c.decay).mul_(c.beta))
+    dq = torch.bmm(do, c.entering.mT).mul_(c.into)
+    dk_in = torch.bmm(dv, c.entering.mT).mul_(-c.into)
+    dk_out = torch.bmm(c.u, dleaving.mT).mul_(c.out)
+    left = (c.k * dk_out).sum(-1)
+    entered = (c.k * dk_in).add_(c.q * dq).sum(-1)
+    passed = torch.linalg.vecdot(c.entering.flatten(1), dleaving.flatten(1))[:, None] * c.into[:, -1]
+    dg = gate_gradient(without_diagonal(pairs), entered, left, passed)
+    dq.baddbmm_(dread, c.k)
+    dk = dk_in.add_(dk_out).baddbmm_(dread.mT, c.q).baddbmm_(drecall + drecall.mT, c.k)
 
-    dg = gate_gradient(
-        # d(decay) * decay, with the diagonal, which no gate touches, left out
-        pairs=without_diagonal(dread.mul_(c.q @ c.k.mT).add_(drecall.mul_(c.k @ c.k.mT))),
-        entered=(c.q * dq_state).sum(-1) + (c.k * dk_in).sum(-1),
-        left=(c.k * dk_out).sum(-1),
-        passed=(entering * dleaving).sum((-2, -1))[:, None] * c.through[:, 0],
-    )
     dq, dk = layout.scatter(dq, q).mul_(scale), layout.scatter(dk, k)
     if normalize_qk:
         dq, dk = norm_gradient(q, dq), norm_gradient(k, dk)
