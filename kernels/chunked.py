@@ -133,8 +133,8 @@ class Chunks(NamedTuple):
         return [(C, K), (C, K), (C, V), (C, 1), (C, C), *[(C, 1)] * 2, *[(C, C)] * 3, *[(C, K)] * 2, (C, V), (K, V)]
 
 
-def norms(x: Tensor) -> Tensor:
-    return torch.rsqrt((x * x).sum(-1, keepdim=True) + L2_EPS)
+def inverse_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, x).add_(L2_EPS).rsqrt_().unsqueeze(-1)
 
 
 def without_diagonal(x: Tensor) -> Tensor:
@@ -149,8 +149,8 @@ def into_chunks(
     """Everything that can be computed without the states (``entering`` is left uninitialized)."""
     dtype, heads = state_dtype(q.dtype), v.shape[2]
     q, k = q.to(dtype), k.to(dtype)
-    q = q * (norms(q) * scale if normalize_qk else scale)
-    k = k * norms(k) if normalize_qk else k
+    q = q * (inverse_norms(q) * scale if normalize_qk else scale)
+    k = k * inverse_norms(k) if normalize_qk else k
     q, k, v, beta = (layout.gather(x.to(dtype), heads) for x in (q, k, v, beta))
     beta = beta.unsqueeze(-1)
     # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
@@ -262,8 +262,8 @@ def backward(
     dq = torch.bmm(do, c.entering.mT).mul_(c.into)
     dk_in = torch.bmm(dv, c.entering.mT).mul_(-c.into)
     dk_out = torch.bmm(c.u, dleaving.mT).mul_(c.out)
-    left = (c.k * dk_out).sum(-1)
-    entered = (c.k * dk_in).add_(c.q * dq).sum(-1)
+    left = torch.linalg.vecdot(c.k, dk_out)
+    entered = torch.linalg.vecdot(c.k, dk_in) + torch.linalg.vecdot(c.q, dq)
     passed = torch.linalg.vecdot(c.entering.flatten(1), dleaving.flatten(1))[:, None] * c.into[:, -1]
     dg = gate_gradient(without_diagonal(pairs), entered, left, passed)
     dq.baddbmm_(dread, c.k)
@@ -287,7 +287,8 @@ def gate_gradient(pairs: Tensor, entered: Tensor, left: Tensor, passed: Tensor) 
 
 
 def norm_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient through y = x r, r = (sum x^2 + eps)^(-1/2): r (dy - y (y . dy))."""
-    r = norms(x.to(dy.dtype))
-    y = x * r
-    return r * (dy - y * (y * dy).sum(-1, keepdim=True))
+    """The gradient through y = x r, r = (sum x^2 + eps)^(-1/2): r dy - r^3 x (x . dy). Overwrites dy."""
+    x = x.to(dy.dtype)
+    r = inverse_norms(x)
+    along = torch.linalg.vecdot(x, dy).unsqueeze(-1).mul_(r**3)
+    return dy.mul_(r).addcmul_(x, along, value=-1)
