@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
+# Four warps everywhere. With eight, Triton 3.6 may lay all of them along the 64 rows of a chunk, of which four warps'
+# wgmma already takes every one, and the other four read past the tile: wrong values, or an illegal access.
 SHARED_MEMORY = 200 * 1024  # of Hopper's 227 KiB; the rest is the compiler's
 
 
@@ -78,7 +80,7 @@ def processors(x: Tensor) -> int:
 def sweep_blocks(heads: int, key_dim: int, value_dim: int, itemsize: int, sms: int) -> dict[str, int]:
     """Blocks of the sequential walks for ``heads`` = N * HV independent states."""
     block_k = power_of_two(key_dim)
-    block_v = min(power_of_two(value_dim), 32)
+    block_v = min(power_of_two(value_dim), 16 if block_k * itemsize > 512 else 32)
     tiles = CHUNK * (2 * block_k + 2 * CHUNK + block_v) * itemsize
     kept = (block_k + 2 * CHUNK) * block_v * itemsize
     depth = max(1, min(2, (SHARED_MEMORY - kept) // tiles))
@@ -87,11 +89,11 @@ def sweep_blocks(heads: int, key_dim: int, value_dim: int, itemsize: int, sms: i
 
 def gradient_blocks(key_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     """Blocks of the chunk-parallel gradients."""
-    block_k = min(power_of_two(key_dim), 128 if itemsize == 2 else 64)
-    block_v = min(power_of_two(value_dim), 64 if itemsize == 2 else 32)
-    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 2, "num_warps": 8}
+    block_v = min(power_of_two(value_dim), 128 if itemsize == 2 else 32)
+    # Never less than 64: with 32, Triton 3.6 gave wrong dk in 16 bit.
+    return {"BLOCK_K": 64, "BLOCK_V": max(block_v, 32), "num_warps": 4}
 
 
 def prepare_blocks(key_dim: int) -> dict[str, int]:
     """Blocks of the chunk-parallel preparation."""
-    return {"BLOCK_K": min(power_of_two(key_dim), 64), "num_warps": 4}
+    return {"BLOCK_K": min(power_of_two(key_dim), 128), "num_warps": 4}

@@ -67,11 +67,20 @@ def load_tile(base, stride, left, columns, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.
 
 
 @triton.jit
+def join_pairs(inverse, lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverse of diagonal blocks of twice SIZE from that of blocks of SIZE, A: A - A L A, L what lies between."""
+    i = tl.arange(0, CHUNK)[:, None]
+    j = tl.arange(0, CHUNK)[None, :]
+    between = (i // SIZE != j // SIZE) & (i // (2 * SIZE) == j // (2 * SIZE))
+    step = tl.dot(inverse, tl.where(between, lower, 0.0), input_precision=PRECISION)
+    return inverse - tl.dot(step, inverse, input_precision=PRECISION)
+
+
+@triton.jit
 def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``.
 
-    Substitution in the diagonal blocks, then the blocks are joined in pairs, twice: with A the inverse of the
-    blocks and L what lies between the two of a pair, the pair's inverse is A - A L A.
+    By substitution in the diagonal blocks, which are then joined in pairs, twice.
     """
     BLOCKS: tl.constexpr = CHUNK // BLOCK
     a = tl.arange(0, BLOCKS)
@@ -88,14 +97,8 @@ def unit_lower_inverse(lower, PRECISION: tl.constexpr):
     inverse += tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
     inverse = tl.reshape(tl.where(same, inverse[:, :, None, :], 0.0), [CHUNK, CHUNK])
 
-    i = tl.arange(0, CHUNK)[:, None]
-    j = tl.arange(0, CHUNK)[None, :]
-    for level in tl.static_range(2):
-        size: tl.constexpr = BLOCK * 2**level
-        between = (i // size != j // size) & (i // (2 * size) == j // (2 * size))
-        step = tl.dot(inverse, tl.where(between, lower, 0.0), input_precision=PRECISION)
-        inverse -= tl.dot(step, inverse, input_precision=PRECISION)
-    return inverse
+    inverse = join_pairs(inverse, lower, BLOCK, PRECISION)
+    return join_pairs(inverse, lower, 2 * BLOCK, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -122,7 +125,7 @@ def prepare_kernel(
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     q_square = tl.zeros([CHUNK], tl.float32)
     k_square = tl.zeros([CHUNK], tl.float32)
-    for block in range(tl.cdiv(K, BLOCK_K)):
+    for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
         q_tile = load_tile(q, q_token, left, columns, K, BLOCK_K)
         k_tile = load_tile(k, k_token, left, columns, K, BLOCK_K)

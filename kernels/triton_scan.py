@@ -101,10 +101,10 @@ def backward(
             INITIAL=initial is not None, FINAL=dfinal is not None, **blocks,
         )  # fmt: skip
         blocks = launch.gradient_blocks(key_dim, value_dim, q.element_size())
-        finish = group == 1 and (not normalize_qk or key_dim <= blocks["BLOCK_K"])
+        finish = group == 1
         dq_parts, dk_parts = (dq, dk) if finish else (q.new_empty(batch.tokens, value_heads, key_dim) for _ in range(2))
         gradients_kernel[(batch.chunks * value_heads,)](
-            q, k, v, beta, do, u, dv, states, dstates, rows, dq_parts, dk_parts, dg, dbeta,
+            q, k, v, beta, do, u, dv, states, dstates, rows, attention, dq_parts, dk_parts, dg, dbeta,
             *batch.tables, batch.length, scale, **strides, **sizes, NORMALIZE=normalize_qk, FINISH=finish,
             **blocks,
         )  # fmt: skip

@@ -126,7 +126,6 @@ def walk_backwards(
         at = (first + step) * HEADS + head
         row = rows + at * ROWS * CHUNK + i
         k_tile = load_tile(k + token * k_token + (head // GROUP) * k_head, k_token, left, i_k, K, BLOCK_K)
-        q_tile = load_tile(q + token * q_token + (head // GROUP) * q_head, q_token, left, i_k, K, BLOCK_K)
         do_tile = load_tile(do + token * do_token + head * do_head, do_token, left, columns, V, BLOCK_V)
         solve = tl.load(inverse + at * CHUNK * CHUNK + square)
         mix = tl.load(attention + at * CHUNK * CHUNK + square)
@@ -137,11 +136,12 @@ def walk_backwards(
         du = tl.dot(tl.trans(mix), do_tile, du)
         dr_tile = tl.dot(tl.trans(solve), du.to(k_tile.dtype))
         store_tile(dr + (token * HEADS + head) * V, HEADS * V, left, columns, dr_tile, V)
+        q_tile = load_tile(q + token * q_token + (head // GROUP) * q_head, q_token, left, i_k, K, BLOCK_K)
         shown = (tl.load(row + ROW_OUT * CHUNK)[:, None] * do_tile).to(k_tile.dtype)
         read = (-tl.load(row + ROW_READ * CHUNK)[:, None] * dr_tile).to(k_tile.dtype)
         decay = tl.exp(tl.load(rows + (at * ROWS + ROW_G) * CHUNK + CHUNK - 1))
-        dstate = tl.dot(tl.trans(q_tile), shown, dstate * decay)
-        dstate = tl.dot(tl.trans(k_tile), read, dstate)
+        dstate = tl.dot(tl.trans(k_tile), read, dstate * decay)
+        dstate = tl.dot(tl.trans(q_tile), shown, dstate)
     if INITIAL:
         store_state(dinitial, n.to(tl.int64) * HEADS + head, columns, dstate, K, V, BLOCK_K, BLOCK_V)
 
