@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from sympy import Max, Rational
 
 from widthwise.derive import Builder, architecture, derive
 
@@ -112,11 +113,29 @@ def test_everett_2024(parametrization: str, optimizer: str, alignment: str) -> N
     assert derived == EVERETT[parametrization, optimizer, alignment]
 
 
+# In a pre-norm Transformer the readings are the same, role by role; q and k are left out under SGD, where the paper's
+# MLP has nothing like the product of two activations that makes their gradients.
+TRANSFORMER_HIDDEN = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(("parametrization", "optimizer", "alignment"), EVERETT)
+def test_everett_2024_transformer(parametrization: str, optimizer: str, alignment: str) -> None:
+    table = derive(
+        architecture("transformer"),
+        optimizer,
+        preset=f"everett-{alignment}-alignment",
+        parametrization=parametrization,
+    )
+    hidden = TRANSFORMER_HIDDEN + (("q_proj", "k_proj") if optimizer == "adam" else ())
+    expected = EVERETT[parametrization, optimizer, alignment]
+    assert str(-table.rule("embeddings").lr) == expected[0]
+    assert {str(-table.rule(role).lr) for role in hidden} == {expected[1]}
+    assert str(-table.rule("lm_head").lr) == expected[2]
+
+
 @pytest.mark.parametrize("exponents", [("1/3", "1", "2/3"), ("1", "1/2", "1/4"), ("1", "1")])
 def test_spectral_condition(exponents: tuple[str, ...]) -> None:
     """arXiv:2310.17813: ‖W‖ ∝ √(out/in); lr ∝ out/in for SGD, 1/in for signs, √(out/in) for orthogonal steps."""
-    from sympy import Max, Rational
-
     widths = [Rational(0), *map(Rational, exponents)]
     graph = architecture("mlp", activation="none", bias=False, dims=exponents)
     tables = {optimizer: derive(graph, optimizer, "aligned") for optimizer in ("sgd", "adam", "muon")}
@@ -127,6 +146,27 @@ def test_spectral_condition(exponents: tuple[str, ...]) -> None:
         assert tables["sgd"].rule(role).lr == fan_out - fan_in
         assert tables["adam"].rule(role).lr == -fan_in
         assert tables["muon"].rule(role).lr == (fan_out - fan_in) / 2
+
+
+def test_spectral_condition_of_the_transformer() -> None:
+    graph = architecture("transformer")
+    for optimizer, step in (("sgd", 0), ("adam", -1), ("muon", 0)):
+        table = derive(graph, optimizer, "aligned")
+        for role in ("q_proj", "k_proj", *TRANSFORMER_HIDDEN):
+            assert table.rule(role).init_std + Rational(1, 2) == 0, role  # ‖W‖ = Θ(1), fan-in and fan-out alike
+            assert table.rule(role).lr == step, (optimizer, role)
+
+
+@pytest.mark.parametrize(("optimizer", "column"), [("sgd", 2), ("adam", 3)])
+def test_tensor_programs_v_table_3_transformer(optimizer: str, column: int) -> None:
+    """Without multipliers: the readout's moves into its init, the attention scale's into the query projection."""
+    table = derive(architecture("transformer"), optimizer, preset="tensor-programs-v", gauge="absorbed")
+    assert {str(rule.multiplier) for rule in table.rules} == {"0"}
+    for role, kind in TRANSFORMER_KIND.items():
+        rule = table.rule(role).as_dict()
+        published = TABLE_3[kind]
+        if role != "q_proj":
+            assert (rule["init_std"], rule["lr"]) == (published[0], published[column]), role
 
 
 def test_no_exponent_is_typed_into_the_engine_for_a_role() -> None:
