@@ -134,7 +134,8 @@ class Chunks(NamedTuple):
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    return torch.linalg.vecdot(x, x).add_(L2_EPS).rsqrt_().unsqueeze(-1)
+    squares: Tensor = torch.linalg.vecdot(x, x)
+    return squares.add_(L2_EPS).rsqrt_().unsqueeze(-1)
 
 
 def without_diagonal(x: Tensor) -> Tensor:

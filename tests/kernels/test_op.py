@@ -9,6 +9,8 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -158,22 +160,30 @@ def test_compiles_in_one_graph_under_autocast(problem):
     assert torch.equal(actual, expected)
 
 
-def train_one_rank(rank: int, directory: str) -> None:
+def shard(layer):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+
+
+def train_one_rank(rank: int, directory: str, wrap) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(0)
-    layer = DistributedDataParallel(Layer())
+    layer = wrap(Layer())
     x = torch.randn(2, 40, 8)
     layer(x[rank : rank + 1]).square().mean().backward()
+    grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in layer.parameters()]
     if rank == 0:
-        torch.save([p.grad for p in layer.parameters()], f"{directory}/gradients.pt")
+        torch.save(grads, f"{directory}/gradients.pt")
     dist.destroy_process_group()
 
 
-def test_two_ddp_processes_average_their_gradients(tmp_path):
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, shard], ids=["DDP", "FSDP2"])
+def test_two_processes_average_their_gradients(tmp_path, wrap):
     # fork: a spawned child could not import this file by name (pytest's importlib mode)
-    mp.start_processes(train_one_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(train_one_rank, args=(str(tmp_path), wrap), nprocs=2, start_method="fork")
     torch.manual_seed(0)
     layer, x = Layer(), torch.randn(2, 40, 8)
     for actual, expected in zip(torch.load(tmp_path / "gradients.pt"), gradients(layer, x), strict=True):
