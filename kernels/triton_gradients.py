@@ -52,6 +52,12 @@ def unit_scale(x, stride, left, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALIZ
     return unit
 
 
+@triton.jit
+def load_unit(x, stride, left, unit, columns, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tile [C, BLOCK_K] of x's normalized rows, fp32."""
+    return load_tile(x, stride, left, columns, K, BLOCK_K).to(tl.float32) * unit[:, None]
+
+
 @triton.jit(do_not_specialize=["T", "scale"])
 def gradients_kernel(
     q, k, v, beta, do, u, dv, states, dstates, rows, attention, dq, dk, dg, dbeta,
@@ -61,7 +67,7 @@ def gradients_kernel(
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, FINISH: tl.constexpr,
+    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, FINISH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk and value head: dv (which holds dr on entry), dg, dbeta [B, T, HV(, V)], dq and dk.
 
@@ -97,17 +103,19 @@ def gradients_kernel(
 
     below = i[:, None] > i[None, :]
     same = i[:, None] == i[None, :]
-    difference = gates[:, None] - gates[None, :]
-    into = tl.exp(gates)
-    onto = tl.exp(last - gates)
 
-    # dq first, then dk: one after the other they fit in registers.
+    # In the pipelined loops what is loaded goes to dots alone: where a tile in a pipelined loop is also wanted in
+    # registers, Triton 3.6 gives it one buffer too few, and the next copy overtakes a dot still reading.
     f = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for block in tl.range(V_BLOCKS, num_stages=1):
+    e = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for block in tl.range(V_BLOCKS, num_stages=DEPTH):
         columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
         do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
+        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
         u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
         f = tl.dot(do_tile, tl.trans(u_tile), f)
+        e = tl.dot(dr_tile, tl.trans(u_tile), e)
+
     # What a pair i > j adds to dG at i it takes at j, to the last bit: from q . dq - k . Y the rounding would stay.
     square = (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
     pairs = f * tl.load(attention + square)
@@ -116,111 +124,114 @@ def gradients_kernel(
     q_dq = k_y + tl.sum(pairs, 1)  # q . dq
     dgates = tl.sum(pairs, 1) - tl.sum(pairs, 0)
     k_y += tl.sum(pairs, 0)
-    decay = tl.exp(tl.where(below | same, difference, float("-inf")))
-    f = (f * decay * scale * k_unit[None, :]).to(operand)
+    decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf")))
+    f = (f * decay * scale).to(operand)
+    e = tl.where(below, e * -decay, 0.0)
+    keys = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for k_block in tl.static_range(K_BLOCKS):
+        k_tile = load_unit(k, k_token, left, k_unit, k_block * BLOCK_K + tl.arange(0, BLOCK_K), K, BLOCK_K).to(operand)
+        keys = tl.dot(k_tile, tl.trans(k_tile), keys)
+    pairs = e * keys
+    e = e.to(operand)
+    k_z = tl.sum(pairs, 1)  # k . Z
+    pairs *= beta_row[:, None]
+    dgates += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+    k_y += tl.sum(pairs, 0)
+
+    # The transposes are computed, not taken: Triton up to 3.7.0 miscompiles a dot whose first argument is the
+    # transpose of a cast accumulator on Hopper (flash-linear-attention #640).
+    f_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+    e_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for block in tl.range(V_BLOCKS, num_stages=DEPTH):
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
+        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
+        u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
+        f_t = tl.dot(u_tile, tl.trans(do_tile), f_t)
+        e_t = tl.dot(u_tile, tl.trans(dr_tile), e_t)
+    decay = tl.exp(tl.where(below, float("-inf"), gates[None, :] - gates[:, None]))
+    f_t = (f_t * decay * scale).to(operand)
+    e_t = tl.where(below | same, 0.0, e_t * -decay).to(operand)
+
+    into = tl.exp(gates)
+    onto = tl.exp(last - gates)
+    dlast = 0.0  # what hangs on G_last
     for k_block in tl.static_range(K_BLOCKS):
         i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
+        k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
+
         dq_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-        for block in tl.range(V_BLOCKS, num_stages=1):
+        for block in tl.range(V_BLOCKS, num_stages=DEPTH):
             columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
             do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
             state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile)
         dq_tile *= (into * scale)[:, None]
-        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K).to(tl.float32) * q_unit[:, None]
         share = tl.sum(q_tile * dq_tile, 1)
         q_dq += share
         dgates += share
-        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
-        dq_tile = tl.dot(f, k_tile, dq_tile)
+        dq_tile = tl.dot(f, k_tile.to(operand), dq_tile)
         if FINISH and NORMALIZE and K_BLOCKS == 1:
             dq_tile = (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None]
         store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
 
-    # Transposes are computed, not taken: Triton up to 3.7.0 miscompiles a dot whose first argument is the transpose
-    # of a cast accumulator on Hopper (flash-linear-attention #640).
-    f_t = tl.zeros([CHUNK, CHUNK], tl.float32)
-    e = tl.zeros([CHUNK, CHUNK], tl.float32)
-    e_t = tl.zeros([CHUNK, CHUNK], tl.float32)
-    dbeta_row = tl.zeros([CHUNK], tl.float32)
-    for block in tl.range(V_BLOCKS, num_stages=1):
-        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
-        u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
-        f_t = tl.dot(u_tile, tl.trans(do_tile), f_t)
-        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
-        e = tl.dot(dr_tile, tl.trans(u_tile), e)
-        e_t = tl.dot(u_tile, tl.trans(dr_tile), e_t)
-        v_tile = load_tile(v, v_token, left, columns, V, BLOCK_V)
-        dbeta_row += tl.sum(dr_tile.to(tl.float32) * v_tile.to(tl.float32), 1)
-    keys = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for k_block in tl.static_range(K_BLOCKS):
-        i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
-        keys = tl.dot(k_tile, tl.trans(k_tile), keys)
-    e = tl.where(below, e * -tl.exp(tl.where(below, difference, 0.0)) * k_unit[None, :], 0.0)
-    pairs = e * keys * k_unit[:, None]
-    k_z = tl.sum(pairs, 1)  # k . Z
-    pairs *= beta_row[:, None]
-    dgates += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-    k_y += tl.sum(pairs, 0)
-    e = e.to(operand)
-    above = tl.exp(tl.where(below, float("-inf"), -difference))
-    f_t = (f_t * above * scale * q_unit[None, :]).to(operand)
-    e_t = tl.where(below | same, 0.0, e_t * above * (-beta_row * k_unit)[None, :]).to(operand)
-    dlast = 0.0  # what hangs on G_last
-    for k_block in tl.static_range(K_BLOCKS):
-        i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-        z_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         y_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-        kept = tl.zeros([BLOCK_K], tl.float32)
-        for block in tl.range(V_BLOCKS, num_stages=1):
+        for block in tl.range(V_BLOCKS, num_stages=DEPTH):
+            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
+            dstate = load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V)
+            y_tile = tl.dot(u_tile, tl.trans(dstate), y_tile)
+        y_tile *= onto[:, None]
+        share = tl.sum(k_tile * y_tile, 1)
+        k_y += share
+        dgates -= share
+        y_tile = tl.dot(f_t, q_tile.to(operand), y_tile)
+        y_tile = tl.dot(e_t, (k_tile * beta_row[:, None]).to(operand), y_tile)
+
+        z_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        for block in tl.range(V_BLOCKS, num_stages=DEPTH):
             columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
             dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
             state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             z_tile = tl.dot(dr_tile, tl.trans(state), z_tile)
-            u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
-            dstate = load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V)
-            y_tile = tl.dot(u_tile, tl.trans(dstate), y_tile)
-            kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-            if k_block == K_BLOCKS - 1:
-                dv_tile = dr_tile.to(tl.float32) * beta_row[:, None]
-                store_tile(dv, HEADS * V, left, columns, dv_tile, V)
+        kept = tl.zeros([BLOCK_K], tl.float32)
+        for block in tl.range(V_BLOCKS, num_stages=1):
+            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+            state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
+            kept += tl.sum(state * load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V), 1)
+        dlast += tl.sum(share) + tl.sum(kept) * tl.exp(last)
         z_tile *= -into[:, None]
-        y_tile *= onto[:, None]
-        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
-        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
-        k_unit_tile = k_tile.to(tl.float32) * k_unit[:, None]
-        share = tl.sum(k_unit_tile * z_tile, 1)
+        share = tl.sum(k_tile * z_tile, 1)
         k_z += share
         dgates += beta_row * share
-        share = tl.sum(k_unit_tile * y_tile, 1)
-        k_y += share
-        dgates -= share
-        dlast += tl.sum(share) + tl.sum(kept) * tl.exp(last)
-        z_tile = tl.dot(e, k_tile, z_tile)
-        y_tile = tl.dot(f_t, q_tile, y_tile)
-        y_tile = tl.dot(e_t, k_tile, y_tile)
+        z_tile = tl.dot(e, k_tile.to(operand), z_tile)
         dk_tile = y_tile + beta_row[:, None] * z_tile
         if FINISH and NORMALIZE and K_BLOCKS == 1:
-            dk_tile = (dk_tile - k_unit_tile * (k_y + beta_row * k_z)[:, None]) * k_unit[:, None]
+            dk_tile = (dk_tile - k_tile * (k_y + beta_row * k_z)[:, None]) * k_unit[:, None]
         store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
     if FINISH and NORMALIZE and K_BLOCKS > 1:
         # A row's sums were not whole until now: pass once more over what was just written.
         tl.debug_barrier()
         for k_block in tl.static_range(K_BLOCKS):
             i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-            q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K).to(tl.float32) * q_unit[:, None]
+            q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
             dq_tile = load_tile(dq, HEADS * K, left, i_k, K, BLOCK_K).to(tl.float32)
             dq_tile = (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None]
             store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
-            k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K).to(tl.float32) * k_unit[:, None]
+            k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
             dk_tile = load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K).to(tl.float32)
             dk_tile = (dk_tile - k_tile * (k_y + beta_row * k_z)[:, None]) * k_unit[:, None]
             store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
 
+    dbeta_row = k_z
+    for block in tl.range(V_BLOCKS, num_stages=1):
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V).to(tl.float32)
+        dbeta_row += tl.sum(dr_tile * load_tile(v, v_token, left, columns, V, BLOCK_V), 1)
+        store_tile(dv, HEADS * V, left, columns, dr_tile * beta_row[:, None], V)
     at = token * HEADS + head + i * HEADS
-    tl.store(dbeta + at, (dbeta_row + k_z).to(dbeta.dtype.element_ty), mask=i < left)
+    tl.store(dbeta + at, dbeta_row.to(dbeta.dtype.element_ty), mask=i < left)
     dg_row = tl.cumsum(dgates, 0, reverse=True) + dlast
     tl.store(dg + at, dg_row.to(dg.dtype.element_ty), mask=i < left)
 

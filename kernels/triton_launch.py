@@ -89,9 +89,9 @@ def sweep_blocks(heads: int, key_dim: int, value_dim: int, itemsize: int, sms: i
 
 def gradient_blocks(key_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     """Blocks of the chunk-parallel gradients."""
-    block_v = min(power_of_two(value_dim), 128 if itemsize == 2 else 32)
+    block_v = min(power_of_two(value_dim), 64 if itemsize == 2 else 32)
     # Never less than 64: with 32, Triton 3.6 gave wrong dk in 16 bit.
-    return {"BLOCK_K": 64, "BLOCK_V": max(block_v, 32), "num_warps": 4}
+    return {"BLOCK_K": 64, "BLOCK_V": max(block_v, 32), "DEPTH": 2, "num_warps": 4}
 
 
 def prepare_blocks(key_dim: int) -> dict[str, int]:

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 CHUNK = tl.constexpr(64)
-BLOCK = tl.constexpr(16)  # diagonal blocks inverted by substitution
 L2_EPS = tl.constexpr(1e-6)
 # A decay below exp(-100) is zero in fp32. Without the floor a g of -1e4 would swell the running sum until the
 # differences of its neighbours drowned in rounding.
@@ -78,27 +77,15 @@ def join_pairs(inverse, lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def unit_lower_inverse(lower, PRECISION: tl.constexpr):
-    """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``.
-
-    By substitution in the diagonal blocks, which are then joined in pairs, twice.
-    """
-    BLOCKS: tl.constexpr = CHUNK // BLOCK
-    a = tl.arange(0, BLOCKS)
-    r = tl.arange(0, BLOCK)
-    same = a[:, None, None, None] == a[None, None, :, None]
-    diagonal = tl.sum(tl.where(same, tl.reshape(lower, [BLOCKS, BLOCK, BLOCKS, BLOCK]), 0.0), 2)
-    inverse = -diagonal
-    for i in range(1, BLOCK):
-        # Row i is still -lower[i]; the rows above it are done.
-        at = (r == i)[None, :, None]
-        row = tl.sum(tl.where(at, inverse, 0.0), 1)
-        row += tl.sum(row[:, :, None] * inverse, 1)
-        inverse = tl.where(at, row[:, None, :], inverse)
-    inverse += tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
-    inverse = tl.reshape(tl.where(same, inverse[:, :, None, :], 0.0), [CHUNK, CHUNK])
-
-    inverse = join_pairs(inverse, lower, BLOCK, PRECISION)
-    return join_pairs(inverse, lower, 2 * BLOCK, PRECISION)
+    """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``, by joining ever larger diagonal blocks."""
+    i = tl.arange(0, CHUNK)[:, None]
+    j = tl.arange(0, CHUNK)[None, :]
+    inverse = tl.where(i == j, 1.0, 0.0) - tl.where((i // 2 == j // 2) & (i > j), lower, 0.0)
+    inverse = join_pairs(inverse, lower, 2, PRECISION)
+    inverse = join_pairs(inverse, lower, 4, PRECISION)
+    inverse = join_pairs(inverse, lower, 8, PRECISION)
+    inverse = join_pairs(inverse, lower, 16, PRECISION)
+    return join_pairs(inverse, lower, 32, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])

@@ -76,6 +76,7 @@ def walk_forwards(
     i_k = tl.arange(0, BLOCK_K)
     square = i[:, None] * CHUNK + i[None, :]
     state = load_state(initial, n, head, columns, HEADS, K, V, BLOCK_K, BLOCK_V, INITIAL)
+    last = tl.load(rows + (first * HEADS + head) * ROWS * CHUNK + ROW_G * CHUNK + CHUNK - 1, mask=length > 0, other=0.0)
     for step in tl.range(tl.cdiv(length, CHUNK), num_stages=DEPTH):
         token, left = begin + step * CHUNK, length - step * CHUNK
         at = (first + step) * HEADS + head
@@ -99,8 +100,12 @@ def walk_forwards(
             store_state(states, at, columns, operand, K, V, BLOCK_K, BLOCK_V)
             store_tile(u + (token * HEADS + head) * V, HEADS * V, left, columns, u_tile, V)
         written = (tl.load(row + ROW_WRITE * CHUNK)[:, None] * u_tile).to(k_tile.dtype)
-        decay = tl.exp(tl.load(rows + (at * ROWS + ROW_G) * CHUNK + CHUNK - 1))
+        decay = tl.exp(last)
         state = tl.dot(tl.trans(k_tile), written, state * decay)
+        # The next chunk's, by hand: the compiler's pipeline would give it shared memory, and there it is four bytes
+        # short of room for a second program on the same multiprocessor.
+        beyond = rows + (at + HEADS) * ROWS * CHUNK + ROW_G * CHUNK + CHUNK - 1
+        last = tl.load(beyond, mask=left > CHUNK, other=0.0)
     if OUTPUT:
         store_state(final, n.to(tl.int64) * HEADS + head, columns, state, K, V, BLOCK_K, BLOCK_V)
 
@@ -120,6 +125,8 @@ def walk_backwards(
     square = i[:, None] * CHUNK + i[None, :]
     dstate = load_state(dfinal, n, head, columns, HEADS, K, V, BLOCK_K, BLOCK_V, FINAL)
     chunks = tl.cdiv(length, CHUNK)
+    ends = rows + (first * HEADS + head) * ROWS * CHUNK + ROW_G * CHUNK + CHUNK - 1
+    last = tl.load(ends + (chunks - 1) * HEADS * ROWS * CHUNK, mask=length > 0, other=0.0)
     for back in tl.range(chunks, num_stages=DEPTH):
         step = chunks - 1 - back
         token, left = begin + step * CHUNK, length - step * CHUNK
@@ -139,9 +146,10 @@ def walk_backwards(
         q_tile = load_tile(q + token * q_token + (head // GROUP) * q_head, q_token, left, i_k, K, BLOCK_K)
         shown = (tl.load(row + ROW_OUT * CHUNK)[:, None] * do_tile).to(k_tile.dtype)
         read = (-tl.load(row + ROW_READ * CHUNK)[:, None] * dr_tile).to(k_tile.dtype)
-        decay = tl.exp(tl.load(rows + (at * ROWS + ROW_G) * CHUNK + CHUNK - 1))
+        decay = tl.exp(last)
         dstate = tl.dot(tl.trans(k_tile), read, dstate * decay)
         dstate = tl.dot(tl.trans(q_tile), shown, dstate)
+        last = tl.load(ends + (step - 1) * HEADS * ROWS * CHUNK, mask=step > 0, other=0.0)
     if INITIAL:
         store_state(dinitial, n.to(tl.int64) * HEADS + head, columns, dstate, K, V, BLOCK_K, BLOCK_V)
 
