@@ -60,7 +60,7 @@ def load_unit(x, stride, left, unit, columns, K: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def gradients_kernel(
-    q, k, v, beta, do, u, dv, states, dstates, rows, attention, dq, dk, dg, dbeta,
+    q, k, v, beta, do, u, dv, states, dstates, rows, attention, pairs, dq, dk, dg, dbeta,
     cu_seqlens, chunk_offsets, chunk_sequence, T, scale,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
@@ -104,8 +104,15 @@ def gradients_kernel(
     below = i[:, None] > i[None, :]
     same = i[:, None] == i[None, :]
 
+    # Three passes, so that none holds more than the registers do: F and E; what reads the state (dq, Z); what writes
+    # it (Y). F and E go through memory. That makes their transposes transposed loads, and it must: Triton up to 3.7.0
+    # miscompiles a dot whose first argument is the transpose of a cast accumulator on Hopper (fla #640).
     # In the pipelined loops what is loaded goes to dots alone: where a tile in a pipelined loop is also wanted in
     # registers, Triton 3.6 gives it one buffer too few, and the next copy overtakes a dot still reading.
+    keys = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for k_block in tl.static_range(K_BLOCKS):
+        k_tile = load_tile(k, k_token, left, k_block * BLOCK_K + tl.arange(0, BLOCK_K), K, BLOCK_K)
+        keys = tl.dot(k_tile, tl.trans(k_tile), keys)
     f = tl.zeros([CHUNK, CHUNK], tl.float32)
     e = tl.zeros([CHUNK, CHUNK], tl.float32)
     for block in tl.range(V_BLOCKS, num_stages=DEPTH):
@@ -115,100 +122,91 @@ def gradients_kernel(
         u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
         f = tl.dot(do_tile, tl.trans(u_tile), f)
         e = tl.dot(dr_tile, tl.trans(u_tile), e)
-
+    square = i[:, None] * CHUNK + i[None, :]
+    attention += (chunk * HEADS + head) * CHUNK * CHUNK
+    pairs += (chunk * HEADS + head) * 2 * CHUNK * CHUNK
     # What a pair i > j adds to dG at i it takes at j, to the last bit: from q . dq - k . Y the rounding would stay.
-    square = (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
-    pairs = f * tl.load(attention + square)
-    k_y = tl.sum(tl.where(same, pairs, 0.0), 1)  # k . Y
-    pairs = tl.where(below, pairs, 0.0)
-    q_dq = k_y + tl.sum(pairs, 1)  # q . dq
-    dgates = tl.sum(pairs, 1) - tl.sum(pairs, 0)
-    k_y += tl.sum(pairs, 0)
+    share = f * tl.load(attention + square)
+    q_dq = tl.sum(share, 1)
+    k_dk = tl.sum(tl.where(same, share, 0.0), 1)
+    dgates = q_dq - k_dk
+    share = tl.where(below, share, 0.0)
     decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf")))
-    f = (f * decay * scale).to(operand)
+    tl.store(pairs + square, (f * decay * scale).to(operand))
     e = tl.where(below, e * -decay, 0.0)
-    keys = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for k_block in tl.static_range(K_BLOCKS):
-        k_tile = load_unit(k, k_token, left, k_unit, k_block * BLOCK_K + tl.arange(0, BLOCK_K), K, BLOCK_K).to(operand)
-        keys = tl.dot(k_tile, tl.trans(k_tile), keys)
-    pairs = e * keys
-    e = e.to(operand)
-    k_z = tl.sum(pairs, 1)  # k . Z
-    pairs *= beta_row[:, None]
-    dgates += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-    k_y += tl.sum(pairs, 0)
-
-    # The transposes are computed, not taken: Triton up to 3.7.0 miscompiles a dot whose first argument is the
-    # transpose of a cast accumulator on Hopper (flash-linear-attention #640).
-    f_t = tl.zeros([CHUNK, CHUNK], tl.float32)
-    e_t = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for block in tl.range(V_BLOCKS, num_stages=DEPTH):
-        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
-        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
-        u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
-        f_t = tl.dot(u_tile, tl.trans(do_tile), f_t)
-        e_t = tl.dot(u_tile, tl.trans(dr_tile), e_t)
-    decay = tl.exp(tl.where(below, float("-inf"), gates[None, :] - gates[:, None]))
-    f_t = (f_t * decay * scale).to(operand)
-    e_t = tl.where(below | same, 0.0, e_t * -decay).to(operand)
+    tl.store(pairs + CHUNK * CHUNK + square, e.to(operand))
+    e *= keys * k_unit[:, None] * k_unit[None, :]
+    dbeta_row = tl.sum(e, 1)  # k . Z
+    dgates += beta_row * dbeta_row
+    k_both = tl.sum(share + e * beta_row[:, None], 0)
+    k_dk += k_both
+    dgates -= k_both
+    tl.debug_barrier()
 
     into = tl.exp(gates)
-    onto = tl.exp(last - gates)
-    dlast = 0.0  # what hangs on G_last
     for k_block in tl.static_range(K_BLOCKS):
         i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-        q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
-        k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
-
         dq_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        z_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         for block in tl.range(V_BLOCKS, num_stages=DEPTH):
             columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
             do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
+            dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
             state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile)
+            z_tile = tl.dot(dr_tile, tl.trans(state), z_tile)
+        k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
+        z_tile *= -into[:, None]
+        share = tl.sum(k_tile * z_tile, 1)
+        dbeta_row += share
+        dgates += beta_row * share
+        z_tile = tl.dot(tl.load(pairs + CHUNK * CHUNK + square), k_tile.to(operand), z_tile)
+        store_tile(dk, HEADS * K, left, i_k, z_tile * beta_row[:, None], K)  # until Y is added
+        q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
         dq_tile *= (into * scale)[:, None]
         share = tl.sum(q_tile * dq_tile, 1)
         q_dq += share
         dgates += share
-        dq_tile = tl.dot(f, k_tile.to(operand), dq_tile)
+        dq_tile = tl.dot(tl.load(pairs + square), k_tile.to(operand), dq_tile)
         if FINISH and NORMALIZE and K_BLOCKS == 1:
             dq_tile = (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None]
         store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
+    k_dk += beta_row * dbeta_row
+    for block in tl.range(V_BLOCKS, num_stages=1):
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V).to(tl.float32)
+        dbeta_row += tl.sum(dr_tile * load_tile(v, v_token, left, columns, V, BLOCK_V), 1)
+        store_tile(dv, HEADS * V, left, columns, dr_tile * beta_row[:, None], V)
+    tl.debug_barrier()
 
+    onto = tl.exp(last - gates)
+    dlast = 0.0  # what hangs on G_last
+    for k_block in tl.static_range(K_BLOCKS):
+        i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
         y_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         for block in tl.range(V_BLOCKS, num_stages=DEPTH):
             columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
             u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
             dstate = load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             y_tile = tl.dot(u_tile, tl.trans(dstate), y_tile)
-        y_tile *= onto[:, None]
-        share = tl.sum(k_tile * y_tile, 1)
-        k_y += share
-        dgates -= share
-        y_tile = tl.dot(f_t, q_tile.to(operand), y_tile)
-        y_tile = tl.dot(e_t, (k_tile * beta_row[:, None]).to(operand), y_tile)
-
-        z_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-        for block in tl.range(V_BLOCKS, num_stages=DEPTH):
-            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-            dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
-            state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
-            z_tile = tl.dot(dr_tile, tl.trans(state), z_tile)
         kept = tl.zeros([BLOCK_K], tl.float32)
         for block in tl.range(V_BLOCKS, num_stages=1):
             columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
             state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
             kept += tl.sum(state * load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V), 1)
+        k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
+        y_tile *= onto[:, None]
+        share = tl.sum(k_tile * y_tile, 1)
+        k_dk += share
+        dgates -= share
         dlast += tl.sum(share) + tl.sum(kept) * tl.exp(last)
-        z_tile *= -into[:, None]
-        share = tl.sum(k_tile * z_tile, 1)
-        k_z += share
-        dgates += beta_row * share
-        z_tile = tl.dot(e, k_tile.to(operand), z_tile)
-        dk_tile = y_tile + beta_row[:, None] * z_tile
+        q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K).to(operand)
+        y_tile = tl.dot(tl.trans(tl.load(pairs + square)), q_tile, y_tile)
+        written = (k_tile * beta_row[:, None]).to(operand)
+        y_tile = tl.dot(tl.trans(tl.load(pairs + CHUNK * CHUNK + square)), written, y_tile)
+        dk_tile = y_tile + load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K)
         if FINISH and NORMALIZE and K_BLOCKS == 1:
-            dk_tile = (dk_tile - k_tile * (k_y + beta_row * k_z)[:, None]) * k_unit[:, None]
+            dk_tile = (dk_tile - k_tile * k_dk[:, None]) * k_unit[:, None]
         store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
     if FINISH and NORMALIZE and K_BLOCKS > 1:
         # A row's sums were not whole until now: pass once more over what was just written.
@@ -217,19 +215,11 @@ def gradients_kernel(
             i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
             q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
             dq_tile = load_tile(dq, HEADS * K, left, i_k, K, BLOCK_K).to(tl.float32)
-            dq_tile = (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None]
-            store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
+            store_tile(dq, HEADS * K, left, i_k, (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None], K)
             k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
             dk_tile = load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K).to(tl.float32)
-            dk_tile = (dk_tile - k_tile * (k_y + beta_row * k_z)[:, None]) * k_unit[:, None]
-            store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
+            store_tile(dk, HEADS * K, left, i_k, (dk_tile - k_tile * k_dk[:, None]) * k_unit[:, None], K)
 
-    dbeta_row = k_z
-    for block in tl.range(V_BLOCKS, num_stages=1):
-        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V).to(tl.float32)
-        dbeta_row += tl.sum(dr_tile * load_tile(v, v_token, left, columns, V, BLOCK_V), 1)
-        store_tile(dv, HEADS * V, left, columns, dr_tile * beta_row[:, None], V)
     at = token * HEADS + head + i * HEADS
     tl.store(dbeta + at, dbeta_row.to(dbeta.dtype.element_ty), mask=i < left)
     dg_row = tl.cumsum(dgates, 0, reverse=True) + dlast

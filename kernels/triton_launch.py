@@ -77,14 +77,22 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
-def sweep_blocks(heads: int, key_dim: int, value_dim: int, itemsize: int, sms: int) -> dict[str, int]:
-    """Blocks of the sequential walks for ``heads`` = N * HV independent states."""
+def sweep_blocks(walks: int, key_dim: int, value_dim: int, itemsize: int, sms: int) -> dict[str, int]:
+    """Blocks of the sequential walks, of which there are ``walks``, each over all of V.
+
+    A walk's time is its chain of dots, not their size: narrow blocks of V until every multiprocessor has a program,
+    wider ones beyond. Three stages hide most latency, two leave room for a second program, which hides more.
+    """
     block_k = power_of_two(key_dim)
-    block_v = min(power_of_two(value_dim), 16 if block_k * itemsize > 512 else 32)
-    tiles = CHUNK * (2 * block_k + 2 * CHUNK + block_v) * itemsize
-    kept = (block_k + 2 * CHUNK) * block_v * itemsize
-    depth = max(1, min(2, (SHARED_MEMORY - kept) // tiles))
-    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": depth, "num_warps": 4}
+    if itemsize == 4:  # two stages do not fit
+        block_v = min(power_of_two(value_dim), 32 if block_k <= 128 else 16)
+        return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 2 if block_k <= 64 else 1, "num_warps": 4}
+    widest = min(power_of_two(value_dim), 64 if block_k != 128 else 32)
+    block_v = 16
+    while block_v < widest and walks * -(-value_dim // block_v) > sms:
+        block_v *= 2
+    alone = walks * -(-value_dim // block_v) <= sms
+    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3 if alone and block_k <= 128 else 2, "num_warps": 4}
 
 
 def gradient_blocks(key_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:

@@ -66,26 +66,31 @@ def load_tile(base, stride, left, columns, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.
 
 
 @triton.jit
-def join_pairs(inverse, lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def join_pairs(inverse, lower, SIZE: tl.constexpr, OPERAND: tl.constexpr):
     """The inverse of diagonal blocks of twice SIZE from that of blocks of SIZE, A: A - A L A, L what lies between."""
     i = tl.arange(0, CHUNK)[:, None]
     j = tl.arange(0, CHUNK)[None, :]
     between = (i // SIZE != j // SIZE) & (i // (2 * SIZE) == j // (2 * SIZE))
-    step = tl.dot(inverse, tl.where(between, lower, 0.0), input_precision=PRECISION)
-    return inverse - tl.dot(step, inverse, input_precision=PRECISION)
+    operand = inverse.to(OPERAND)
+    step = tl.dot(operand, tl.where(between, lower, 0.0).to(OPERAND))
+    return inverse - tl.dot(step.to(OPERAND), operand)
 
 
 @triton.jit
-def unit_lower_inverse(lower, PRECISION: tl.constexpr):
-    """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``, by joining ever larger diagonal blocks."""
+def unit_lower_inverse(lower, OPERAND: tl.constexpr):
+    """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``, by joining ever larger diagonal blocks.
+
+    OPERAND is what the matrix units multiply: fp16 has the mantissa of tf32 at twice its speed, but a range that is
+    safe only where keys are normalized, since then no entry of an inverse exceeds beta.
+    """
     i = tl.arange(0, CHUNK)[:, None]
     j = tl.arange(0, CHUNK)[None, :]
     inverse = tl.where(i == j, 1.0, 0.0) - tl.where((i // 2 == j // 2) & (i > j), lower, 0.0)
-    inverse = join_pairs(inverse, lower, 2, PRECISION)
-    inverse = join_pairs(inverse, lower, 4, PRECISION)
-    inverse = join_pairs(inverse, lower, 8, PRECISION)
-    inverse = join_pairs(inverse, lower, 16, PRECISION)
-    return join_pairs(inverse, lower, 32, PRECISION)
+    inverse = join_pairs(inverse, lower, 2, OPERAND)
+    inverse = join_pairs(inverse, lower, 4, OPERAND)
+    inverse = join_pairs(inverse, lower, 8, OPERAND)
+    inverse = join_pairs(inverse, lower, 16, OPERAND)
+    return join_pairs(inverse, lower, 32, OPERAND)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -95,7 +100,7 @@ def prepare_kernel(
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     g_token: tl.constexpr, g_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """rows [chunks, HV, 4, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
     program = tl.program_id(0)
@@ -144,4 +149,4 @@ def prepare_kernel(
     square = (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
     tl.store(attention + square, (qk * decay * q_unit[:, None]).to(attention.dtype.element_ty))
     lower = tl.where(i[:, None] > i[None, :], kk * decay * (beta_row * k_unit)[:, None], 0.0)
-    tl.store(inverse + square, unit_lower_inverse(lower, PRECISION).to(inverse.dtype.element_ty))
+    tl.store(inverse + square, unit_lower_inverse(lower, OPERAND).to(inverse.dtype.element_ty))

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from widthwise.kernels import triton_launch as launch
@@ -60,7 +61,7 @@ def forward(
         prepare_kernel[(batch.chunks * value_heads,)](
             q, k, g, beta, rows, inverse, attention, *batch.tables, batch.length, scale,
             **_strides(q=q, k=k, g=g, beta=beta), **sizes, NORMALIZE=normalize_qk,
-            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            OPERAND=tl.float16 if normalize_qk and q.element_size() == 2 else tl.float32,
             **launch.prepare_blocks(key_dim),
         )  # fmt: skip
         states = batch.sequences * value_heads
@@ -100,11 +101,12 @@ def backward(
             *batch.tables[:2], batch.length, **strides, **sizes,
             INITIAL=initial is not None, FINAL=dfinal is not None, **blocks,
         )  # fmt: skip
+        pairs = q.new_empty(batch.chunks, value_heads, 2, CHUNK, CHUNK)
         blocks = launch.gradient_blocks(key_dim, value_dim, q.element_size())
         finish = group == 1
         dq_parts, dk_parts = (dq, dk) if finish else (q.new_empty(batch.tokens, value_heads, key_dim) for _ in range(2))
         gradients_kernel[(batch.chunks * value_heads,)](
-            q, k, v, beta, do, u, dv, states, dstates, rows, attention, dq_parts, dk_parts, dg, dbeta,
+            q, k, v, beta, do, u, dv, states, dstates, rows, attention, pairs, dq_parts, dk_parts, dg, dbeta,
             *batch.tables, batch.length, scale, **strides, **sizes, NORMALIZE=normalize_qk, FINISH=finish,
             **blocks,
         )  # fmt: skip
