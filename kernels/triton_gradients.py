@@ -19,6 +19,8 @@ from widthwise.kernels.triton_prepare import (
     CHUNK,
     L2_EPS,
     ROW_G,
+    ROW_K,
+    ROW_Q,
     ROWS,
     load_tile,
     locate_chunk,
@@ -35,27 +37,6 @@ def load_matrix(base, rows, columns, K: tl.constexpr, V: tl.constexpr, BLOCK_K: 
     else:
         tile = tl.load(pointers, mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def unit_scale(x, stride, left, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALIZE: tl.constexpr):
-    """[C]: what normalization multiplies the rows of x by."""
-    if NORMALIZE:
-        square = tl.zeros([CHUNK], tl.float32)
-        for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-            columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            tile = load_tile(x, stride, left, columns, K, BLOCK_K).to(tl.float32)
-            square += tl.sum(tile * tile, 1)
-        unit = tl.rsqrt(square + L2_EPS)
-    else:
-        unit = tl.zeros([CHUNK], tl.float32) + 1.0
-    return unit
-
-
-@triton.jit
-def load_unit(x, stride, left, unit, columns, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Tile [C, BLOCK_K] of x's normalized rows, fp32."""
-    return load_tile(x, stride, left, columns, K, BLOCK_K).to(tl.float32) * unit[:, None]
 
 
 @triton.jit(do_not_specialize=["T", "scale"])
@@ -94,12 +75,13 @@ def gradients_kernel(
     dstates += (chunk * HEADS + head) * K * V
 
     i = tl.arange(0, CHUNK)
-    gates = tl.load(rows + (chunk * HEADS + head) * ROWS * CHUNK + ROW_G * CHUNK + i)
+    rows += (chunk * HEADS + head) * ROWS * CHUNK + i
+    gates = tl.load(rows + ROW_G * CHUNK)
+    q_unit = tl.load(rows + ROW_Q * CHUNK)
+    k_unit = tl.load(rows + ROW_K * CHUNK)
     last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))
     beta_row = tl.load(beta + (token * beta_token + head * beta_head) + i * beta_token, mask=i < left, other=0.0)
     beta_row = beta_row.to(tl.float32)
-    q_unit = unit_scale(q, q_token, left, K, BLOCK_K, NORMALIZE)
-    k_unit = unit_scale(k, k_token, left, K, BLOCK_K, NORMALIZE)
 
     below = i[:, None] > i[None, :]
     same = i[:, None] == i[None, :]
@@ -109,6 +91,11 @@ def gradients_kernel(
     # miscompiles a dot whose first argument is the transpose of a cast accumulator on Hopper (fla #640).
     # In the pipelined loops what is loaded goes to dots alone: where a tile in a pipelined loop is also wanted in
     # registers, Triton 3.6 gives it one buffer too few, and the next copy overtakes a dot still reading.
+    # Tiles for after a loop are loaded before it: their latency hides behind the loop's.
+    square = i[:, None] * CHUNK + i[None, :]
+    f_base = pairs + (chunk * HEADS + head) * 2 * CHUNK * CHUNK + square
+    e_base = f_base + CHUNK * CHUNK
+    mix = tl.load(attention + (chunk * HEADS + head) * CHUNK * CHUNK + square)
     keys = tl.zeros([CHUNK, CHUNK], tl.float32)
     for k_block in tl.static_range(K_BLOCKS):
         k_tile = load_tile(k, k_token, left, k_block * BLOCK_K + tl.arange(0, BLOCK_K), K, BLOCK_K)
@@ -122,19 +109,16 @@ def gradients_kernel(
         u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
         f = tl.dot(do_tile, tl.trans(u_tile), f)
         e = tl.dot(dr_tile, tl.trans(u_tile), e)
-    square = i[:, None] * CHUNK + i[None, :]
-    attention += (chunk * HEADS + head) * CHUNK * CHUNK
-    pairs += (chunk * HEADS + head) * 2 * CHUNK * CHUNK
     # What a pair i > j adds to dG at i it takes at j, to the last bit: from q . dq - k . Y the rounding would stay.
-    share = f * tl.load(attention + square)
+    share = f * mix
     q_dq = tl.sum(share, 1)
     k_dk = tl.sum(tl.where(same, share, 0.0), 1)
     dgates = q_dq - k_dk
     share = tl.where(below, share, 0.0)
     decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf")))
-    tl.store(pairs + square, (f * decay * scale).to(operand))
+    tl.store(f_base, (f * decay * scale).to(operand))
     e = tl.where(below, e * -decay, 0.0)
-    tl.store(pairs + CHUNK * CHUNK + square, e.to(operand))
+    tl.store(e_base, e.to(operand))
     e *= keys * k_unit[:, None] * k_unit[None, :]
     dbeta_row = tl.sum(e, 1)  # k . Z
     dgates += beta_row * dbeta_row
@@ -146,6 +130,10 @@ def gradients_kernel(
     into = tl.exp(gates)
     for k_block in tl.static_range(K_BLOCKS):
         i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
+        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
+        e_tile = tl.load(e_base)
+        f_tile = tl.load(f_base)
         dq_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         z_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
         for block in tl.range(V_BLOCKS, num_stages=DEPTH):
@@ -155,19 +143,19 @@ def gradients_kernel(
             state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile)
             z_tile = tl.dot(dr_tile, tl.trans(state), z_tile)
-        k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
+        k_tile = k_tile.to(tl.float32) * k_unit[:, None]
         z_tile *= -into[:, None]
         share = tl.sum(k_tile * z_tile, 1)
         dbeta_row += share
         dgates += beta_row * share
-        z_tile = tl.dot(tl.load(pairs + CHUNK * CHUNK + square), k_tile.to(operand), z_tile)
+        z_tile = tl.dot(e_tile, k_tile.to(operand), z_tile)
         store_tile(dk, HEADS * K, left, i_k, z_tile * beta_row[:, None], K)  # until Y is added
-        q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
+        q_tile = q_tile.to(tl.float32) * q_unit[:, None]
         dq_tile *= (into * scale)[:, None]
         share = tl.sum(q_tile * dq_tile, 1)
         q_dq += share
         dgates += share
-        dq_tile = tl.dot(tl.load(pairs + square), k_tile.to(operand), dq_tile)
+        dq_tile = tl.dot(f_tile, k_tile.to(operand), dq_tile)
         if FINISH and NORMALIZE and K_BLOCKS == 1:
             dq_tile = (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None]
         store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
@@ -183,28 +171,31 @@ def gradients_kernel(
     dlast = 0.0  # what hangs on G_last
     for k_block in tl.static_range(K_BLOCKS):
         i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
+        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
+        e_tile = tl.load(e_base)
+        f_tile = tl.load(f_base)
+        dk_tile = load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K)
         y_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+        kept = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)  # S dS^T, of which the trace is wanted
         for block in tl.range(V_BLOCKS, num_stages=DEPTH):
             columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
             u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
+            state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             dstate = load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V)
             y_tile = tl.dot(u_tile, tl.trans(dstate), y_tile)
-        kept = tl.zeros([BLOCK_K], tl.float32)
-        for block in tl.range(V_BLOCKS, num_stages=1):
-            columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
-            state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V).to(tl.float32)
-            kept += tl.sum(state * load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V), 1)
-        k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
+            kept = tl.dot(state, tl.trans(dstate), kept)
+        k_tile = k_tile.to(tl.float32) * k_unit[:, None]
         y_tile *= onto[:, None]
         share = tl.sum(k_tile * y_tile, 1)
         k_dk += share
         dgates -= share
-        dlast += tl.sum(share) + tl.sum(kept) * tl.exp(last)
-        q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K).to(operand)
-        y_tile = tl.dot(tl.trans(tl.load(pairs + square)), q_tile, y_tile)
-        written = (k_tile * beta_row[:, None]).to(operand)
-        y_tile = tl.dot(tl.trans(tl.load(pairs + CHUNK * CHUNK + square)), written, y_tile)
-        dk_tile = y_tile + load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K)
+        trace = tl.sum(tl.where(i_k[:, None] == i_k[None, :], kept, 0.0))
+        dlast += tl.sum(share) + trace * tl.exp(last)
+        q_tile = (q_tile.to(tl.float32) * q_unit[:, None]).to(operand)
+        y_tile = tl.dot(tl.trans(f_tile), q_tile, y_tile)
+        y_tile = tl.dot(tl.trans(e_tile), (k_tile * beta_row[:, None]).to(operand), y_tile)
+        dk_tile += y_tile
         if FINISH and NORMALIZE and K_BLOCKS == 1:
             dk_tile = (dk_tile - k_tile * k_dk[:, None]) * k_unit[:, None]
         store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
@@ -213,12 +204,14 @@ def gradients_kernel(
         tl.debug_barrier()
         for k_block in tl.static_range(K_BLOCKS):
             i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-            q_tile = load_unit(q, q_token, left, q_unit, i_k, K, BLOCK_K)
-            dq_tile = load_tile(dq, HEADS * K, left, i_k, K, BLOCK_K).to(tl.float32)
-            store_tile(dq, HEADS * K, left, i_k, (dq_tile - q_tile * q_dq[:, None]) * q_unit[:, None], K)
-            k_tile = load_unit(k, k_token, left, k_unit, i_k, K, BLOCK_K)
-            dk_tile = load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K).to(tl.float32)
-            store_tile(dk, HEADS * K, left, i_k, (dk_tile - k_tile * k_dk[:, None]) * k_unit[:, None], K)
+            q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
+            k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
+            dq_tile = load_tile(dq, HEADS * K, left, i_k, K, BLOCK_K)
+            dk_tile = load_tile(dk, HEADS * K, left, i_k, K, BLOCK_K)
+            dq_tile = (dq_tile - q_tile * (q_dq * q_unit)[:, None]) * q_unit[:, None]
+            dk_tile = (dk_tile - k_tile * (k_dk * k_unit)[:, None]) * k_unit[:, None]
+            store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
+            store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
 
     at = token * HEADS + head + i * HEADS
     tl.store(dbeta + at, dbeta_row.to(dbeta.dtype.element_ty), mask=i < left)

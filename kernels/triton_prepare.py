@@ -5,7 +5,7 @@ S the state the chunk starts from, the recurrence is the linear system (Yang et 
 
     (I + D) u = beta (v - exp(G) K S),    o = scale exp(G) Q S + P u,    P[i, j] = scale exp(G_i - G_j) q_i . k_j
 
-The inverse of I + D and P depend on q, k, g and beta alone. Only these two [C, C] matrices and four numbers a token
+The inverse of I + D and P depend on q, k, g and beta alone. Only these two [C, C] matrices and six numbers a token
 go through memory; normalized q and k never do, since a row's norm is one more factor in those numbers.
 """
 
@@ -18,13 +18,14 @@ L2_EPS = tl.constexpr(1e-6)
 # differences of its neighbours drowned in rounding.
 G_FLOOR = tl.constexpr(-100.0)
 
-# The four numbers a token, `rows[chunk, head, row, token]`:
+# Six numbers a token, `rows[chunk, head, row, token]`:
 #   G:     the running sum of g in the chunk
 #   READ:  beta exp(G) |k|^-1          what K S is scaled by when the chunk reads the state
 #   OUT:   scale exp(G) |q|^-1         the same for Q S
 #   WRITE: exp(G_last - G) |k|^-1      what u is scaled by when the chunk writes the state
-ROWS = tl.constexpr(4)
-ROW_G, ROW_READ, ROW_OUT, ROW_WRITE = (tl.constexpr(i) for i in range(4))
+#   Q, K:  |q|^-1 and |k|^-1           or 1 where nothing is normalized
+ROWS = tl.constexpr(6)
+ROW_G, ROW_READ, ROW_OUT, ROW_WRITE, ROW_Q, ROW_K = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def prepare_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """rows [chunks, HV, 4, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
+    """rows [chunks, HV, 6, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
     program = tl.program_id(0)
     head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
     token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
@@ -113,6 +114,9 @@ def prepare_kernel(
     g += token * g_token + head * g_head
     beta += token * beta_token + head * beta_head
 
+    i = tl.arange(0, CHUNK)
+    g_row = tl.load(g + i * g_token, mask=i < left, other=0.0).to(tl.float32)
+    beta_row = tl.load(beta + i * beta_token, mask=i < left, other=0.0).to(tl.float32)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     q_square = tl.zeros([CHUNK], tl.float32)
@@ -127,26 +131,25 @@ def prepare_kernel(
             q_square += tl.sum(q_tile.to(tl.float32) * q_tile.to(tl.float32), 1)
             k_square += tl.sum(k_tile.to(tl.float32) * k_tile.to(tl.float32), 1)
     if NORMALIZE:
-        q_unit = tl.rsqrt(q_square + L2_EPS) * scale
+        q_unit = tl.rsqrt(q_square + L2_EPS)
         k_unit = tl.rsqrt(k_square + L2_EPS)
     else:
-        q_unit = tl.zeros([CHUNK], tl.float32) + scale
+        q_unit = tl.zeros([CHUNK], tl.float32) + 1.0
         k_unit = tl.zeros([CHUNK], tl.float32) + 1.0
 
-    i = tl.arange(0, CHUNK)
-    g_row = tl.load(g + i * g_token, mask=i < left, other=0.0).to(tl.float32)
-    beta_row = tl.load(beta + i * beta_token, mask=i < left, other=0.0).to(tl.float32)
     gates = tl.cumsum(tl.maximum(g_row, G_FLOOR), 0)
     last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))
     rows += (chunk * HEADS + head) * ROWS * CHUNK + i
     tl.store(rows + ROW_G * CHUNK, gates)
     tl.store(rows + ROW_READ * CHUNK, beta_row * tl.exp(gates) * k_unit)
-    tl.store(rows + ROW_OUT * CHUNK, tl.exp(gates) * q_unit)
+    tl.store(rows + ROW_OUT * CHUNK, tl.exp(gates) * q_unit * scale)
     tl.store(rows + ROW_WRITE * CHUNK, tl.exp(last - gates) * k_unit)
+    tl.store(rows + ROW_Q * CHUNK, q_unit)
+    tl.store(rows + ROW_K * CHUNK, k_unit)
 
     seen = i[:, None] >= i[None, :]
     decay = tl.exp(tl.where(seen, gates[:, None] - gates[None, :], float("-inf"))) * k_unit[None, :]
     square = (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
-    tl.store(attention + square, (qk * decay * q_unit[:, None]).to(attention.dtype.element_ty))
+    tl.store(attention + square, (qk * decay * (q_unit * scale)[:, None]).to(attention.dtype.element_ty))
     lower = tl.where(i[:, None] > i[None, :], kk * decay * (beta_row * k_unit)[:, None], 0.0)
     tl.store(inverse + square, unit_lower_inverse(lower, OPERAND).to(inverse.dtype.element_ty))

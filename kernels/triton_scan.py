@@ -37,7 +37,7 @@ def saved_like(
     """Uninitialized (rows, inverse, attention), as ``forward`` saves them; see ``triton_prepare`` for what they are."""
     chunks, heads = launch.chunk_bound(q.shape[0], q.shape[1], cu_seqlens), v.shape[2]
     return (
-        q.new_empty(chunks, heads, 4, CHUNK, dtype=torch.float32),
+        q.new_empty(chunks, heads, 6, CHUNK, dtype=torch.float32),
         q.new_empty(chunks, heads, CHUNK, CHUNK),
         q.new_empty(chunks, heads, CHUNK, CHUNK),
     )
