@@ -9,7 +9,7 @@ of gate differences written exp(i - j), the chunk's share of each gradient is (q
     dv = beta dr       dbeta = dr . v + k . Z       dG = q . dq + beta k . Z - k . Y
 
 The last holds because q_i only ever appears as exp(G_i) q_i, k_i as exp(G_i) k_i where it reads and as exp(-G_i) k_i
-where it writes; what hangs on G_last is added apart. dg is the sum of dG from its token on.
+where it writes. dg is the sum of dG from its token on, plus the gradient of G_last.
 """
 
 import triton
@@ -168,7 +168,8 @@ def gradients_kernel(
     tl.debug_barrier()
 
     onto = tl.exp(last - gates)
-    dlast = 0.0  # what hangs on G_last
+    wrote = tl.zeros([CHUNK], tl.float32)
+    dlast = 0.0
     for k_block in tl.static_range(K_BLOCKS):
         i_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
         k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
@@ -189,9 +190,9 @@ def gradients_kernel(
         y_tile *= onto[:, None]
         share = tl.sum(k_tile * y_tile, 1)
         k_dk += share
-        dgates -= share
+        wrote += share
         trace = tl.sum(tl.where(i_k[:, None] == i_k[None, :], kept, 0.0))
-        dlast += tl.sum(share) + trace * tl.exp(last)
+        dlast += trace * tl.exp(last)
         q_tile = (q_tile.to(tl.float32) * q_unit[:, None]).to(operand)
         y_tile = tl.dot(tl.trans(f_tile), q_tile, y_tile)
         y_tile = tl.dot(tl.trans(e_tile), (k_tile * beta_row[:, None]).to(operand), y_tile)
@@ -215,7 +216,9 @@ def gradients_kernel(
 
     at = token * HEADS + head + i * HEADS
     tl.store(dbeta + at, dbeta_row.to(dbeta.dtype.element_ty), mask=i < left)
-    dg_row = tl.cumsum(dgates, 0, reverse=True) + dlast
+    # A token's gate holds back what the state gets from tokens before it, and the state before the chunk; it is added
+    # up as such, since the sum over all minus the sum from the token on would lose small decays to rounding.
+    dg_row = tl.cumsum(dgates, 0, reverse=True) + tl.sum(tl.where(below, wrote[None, :], 0.0), 1) + dlast
     tl.store(dg + at, dg_row.to(dg.dtype.element_ty), mask=i < left)
 
 

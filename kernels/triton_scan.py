@@ -30,6 +30,11 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("token", "head"))}
 
 
+def _operand(q: Tensor) -> torch.dtype:
+    """What the kernels compute in: q's dtype, except that Triton's interpreter has no bf16 dots."""
+    return torch.float32 if q.dtype == torch.bfloat16 and q.device.type == "cpu" else q.dtype
+
+
 def saved_like(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
@@ -38,8 +43,8 @@ def saved_like(
     chunks, heads = launch.chunk_bound(q.shape[0], q.shape[1], cu_seqlens), v.shape[2]
     return (
         q.new_empty(chunks, heads, 6, CHUNK, dtype=torch.float32),
-        q.new_empty(chunks, heads, CHUNK, CHUNK),
-        q.new_empty(chunks, heads, CHUNK, CHUNK),
+        q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=_operand(q)),
+        q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=_operand(q)),
     )
 
 
@@ -48,6 +53,10 @@ def forward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """o [B, T, HV, V] in q's dtype, final state [N, HV, K, V] fp32, and what ``backward`` needs of it."""
+    if (operand := _operand(q)) != q.dtype:
+        q, k, v = (x.to(operand) for x in (q, k, v))
+        o, final, saved = forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)
+        return o.to(torch.bfloat16), final, saved
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
     batch = launch.lay_out(q, cu_seqlens)
@@ -79,6 +88,11 @@ def backward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dg, dbeta, dinitial_state), each in the shape and dtype of its input."""
+    if (operand := _operand(q)) != q.dtype:
+        do, q, k, v = (x.to(operand) for x in (do, q, k, v))
+        rest = (g, beta, scale, initial_state, cu_seqlens, normalize_qk, saved)
+        dq, dk, dv, *others = backward(do, dfinal_state, q, k, v, *rest)
+        return dq.to(torch.bfloat16), dk.to(torch.bfloat16), dv.to(torch.bfloat16), *others
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
     batch = launch.lay_out(q, cu_seqlens)

@@ -1,0 +1,206 @@
+"""The Triton kernels against the float64 oracle: tiny shapes in Triton's interpreter, the whole list on a GPU.
+
+The interpreter must be switched on before triton is imported, so its cases run in a process of their own: this file.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from widthwise.kernels import chunked, triton_scan
+from widthwise.kernels.reference import gated_delta_rule_reference
+
+NAMES = ("o", "final", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
+TOLERANCE = {torch.float32: 3e-3, torch.float16: 6e-3, torch.bfloat16: 6e-3}
+PUBLISHED = [(24, 48), (32, 64), (96, 192), (192, 384), (256, 512), (128, 128)]
+
+
+def draw(batch, length, heads, group, key_dim, value_dim, dtype, *, g=None, beta=None, cu=None, device="cuda", seed=0):
+    """Fresh inputs, gates and betas drawn unless given, with what flows back to the two outputs."""
+    torch.manual_seed(seed)
+    value_heads = heads * group
+    sequences = batch if cu is None else len(cu) - 1
+    q, k = (torch.randn(batch, length, heads, key_dim, device=device).to(dtype) for _ in range(2))
+    v, do = (torch.randn(batch, length, value_heads, value_dim, device=device).to(dtype) for _ in range(2))
+    gates = -0.2 * torch.rand(batch, length, value_heads, device=device)
+    betas = torch.rand(batch, length, value_heads, device=device)
+    gates = gates if g is None else torch.full_like(gates, g)
+    betas = betas if beta is None else torch.full_like(betas, beta)
+    initial, dfinal = (torch.randn(sequences, value_heads, key_dim, value_dim, device=device) for _ in range(2))
+    cu_seqlens = None if cu is None else torch.tensor(cu, device=device)
+    return (q, k, v, gates, betas), initial, (do, dfinal), cu_seqlens
+
+
+def ours(inputs, initial, grads, cu_seqlens, normalize=True):
+    """Everything the kernels compute, in the order of NAMES."""
+    rest = (inputs[0].shape[-1] ** -0.5, initial, cu_seqlens, normalize)
+    o, final, saved = triton_scan.forward(*inputs, *rest)
+    return o, final, *triton_scan.backward(*grads, *inputs, *rest, saved)
+
+
+def oracle(inputs, initial, grads, cu_seqlens, normalize=True):
+    """The same by autograd through the recurrence in float64."""
+    leaves = [x.detach().double().requires_grad_() for x in (*inputs, initial)]
+    o, final = gated_delta_rule_reference(
+        *leaves[:5], initial_state=leaves[5], output_final_state=True, normalize_qk=normalize, cu_seqlens=cu_seqlens
+    )
+    loss = (o * grads[0].double()).sum() + (final * grads[1].double()).sum()
+    return o.detach(), final.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def fast_oracle(inputs, initial, grads, cu_seqlens, normalize=True):
+    """The same by the chunked path in float64, itself held to the recurrence in ``test_chunked``: for long inputs."""
+    inputs, (do, dfinal) = [x.double() for x in inputs], (x.double() for x in grads)
+    rest = (inputs[0].shape[-1] ** -0.5, initial.double(), cu_seqlens, normalize)
+    o, final, saved = chunked.forward(*inputs, *rest)
+    return o, final, *chunked.backward(do, dfinal, *inputs, *rest, saved)
+
+
+def errors(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative L2 error of each result; NaN counts as infinite."""
+    out = {}
+    for name, a, b in zip(NAMES, found, wanted, strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12)
+        out[name] = float(error) if torch.isfinite(error) else float("inf")
+    return out
+
+
+def worst(case, normalize=True, reference=oracle) -> float:
+    found = ours(*case, normalize)
+    return max(errors(found, reference(*case, normalize)).values())
+
+
+def interpret() -> None:
+    """The interpreter's cases; prints nothing when all is well. fp32 there is exact, so the bound is too."""
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    shapes = [
+        ((1, 130, 1, 1, 16, 16, fp32), {}, True),
+        ((1, 1, 1, 2, 16, 32, fp32), {}, True),
+        ((2, 64, 1, 2, 24, 48, fp32), {}, True),
+        ((1, 65, 2, 1, 32, 16, fp32), {}, False),
+        ((1, 70, 1, 1, 130, 24, fp32), {}, True),
+        ((1, 100, 1, 1, 16, 16, fp32), {"g": 0.0, "beta": 1.0}, True),
+        ((1, 100, 1, 1, 16, 16, fp32), {"g": -50.0}, True),
+        ((1, 100, 1, 1, 16, 16, fp32), {"g": -1e4, "beta": 0.0}, True),
+        ((1, 140, 1, 2, 16, 16, fp32), {"cu": [0, 0, 1, 64, 65, 65, 140]}, True),
+        ((1, 70, 1, 1, 32, 16, bf16), {}, True),
+        ((1, 70, 1, 1, 32, 16, fp16), {}, True),
+    ]
+    for shape, options, normalize in shapes:
+        case = draw(*shape, **options, device="cpu")
+        if not normalize:
+            case[0][1].copy_(torch.nn.functional.normalize(case[0][1].float(), dim=-1))
+        bound = 1e-5 if shape[-1] == fp32 else 6e-3
+        if (error := worst(case, normalize)) > bound:
+            print(shape, options, normalize, errors(ours(*case, normalize), oracle(*case, normalize)), error)
+    # Strided views: q, k, v cut from one projection.
+    packed = torch.randn(1, 70, 3, 1, 16)
+    case = draw(1, 70, 1, 1, 16, 16, fp32, device="cpu")
+    strided = ((*packed.unbind(2), *case[0][3:]), *case[1:])
+    if (error := worst(strided)) > 1e-5:
+        print("strided", error)
+
+
+def test_interpreter():
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root / "src"), "PYTHONWARNINGS": "ignore"}
+    run = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
+@pytest.mark.parametrize("length", [1, 2, 15, 63, 64, 65, 200])
+def test_shapes(key_dim, value_dim, length, dtype):
+    assert worst(draw(2, length, 2, 1, key_dim, value_dim, dtype), reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [64, 65])
+def test_recurrence(length, dtype):
+    assert worst(draw(1, length, 2, 2, 128, 128, dtype)) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1000, 2048])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_long(length, group, dtype):
+    assert worst(draw(1, length, 2, group, 128, 128, dtype), reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("g", [0.0, -1e-4, -5.0, -50.0, -1e4])
+@pytest.mark.parametrize("beta", [0.0, 1.0, None])
+def test_gates(g, beta, dtype):
+    case = draw(1, 200, 2, 1, 128, 128, dtype, g=g, beta=beta)
+    assert worst(case, reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(32, 64), (128, 128), (192, 384)])
+def test_sequences(key_dim, value_dim, dtype):
+    case = draw(1, 400, 2, 2, key_dim, value_dim, dtype, cu=[0, 0, 1, 64, 65, 65, 200, 400, 400])
+    assert worst(case, reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalize", [True, False])
+def test_repeated_keys_and_zero_rows(normalize):
+    case = draw(1, 200, 1, 1, 128, 128, torch.bfloat16)
+    k = torch.nn.functional.normalize(case[0][1].float(), dim=-1)
+    k[:, 50:150] = k[:, 50:51]
+    k[:, 20] = 0.0
+    case[0][1].copy_(k)
+    case[0][0][:, 30] = 0.0
+    assert worst(case, normalize, fast_oracle) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
+def test_same_bits_and_split(key_dim, value_dim, dtype):
+    (q, k, v, g, beta), initial, grads, _ = draw(1, 300, 2, 1, key_dim, value_dim, dtype)
+    case = ((q, k, v, g, beta), initial, grads, None)
+    once, again = ours(*case), ours(*case)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    rest = (key_dim**-0.5, None, True)
+    _, middle, _ = triton_scan.forward(*(x[:, :128] for x in case[0]), rest[0], initial, *rest[1:])
+    _, end, _ = triton_scan.forward(*(x[:, 128:] for x in case[0]), rest[0], middle, *rest[1:])
+    assert torch.equal(end, once[1])
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_for_a_new_batch():
+    """The compiled variants are counted in Triton's own caches."""
+    kernels = [x for x in vars(triton_scan).values() if hasattr(x, "device_caches")]
+
+    def variants() -> int:
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    # Enough heads that the launch rule sees a full chip at every batch size.
+    ours(*draw(2, 100, 132, 1, 64, 64, torch.bfloat16))
+    before = variants()
+    for batch, length in ((1, 1), (1, 128), (3, 77), (2, 1024)):
+        ours(*draw(batch, length, 132, 1, 64, 64, torch.bfloat16))
+    assert variants() == before
+    ours(*draw(1, 300, 132, 1, 64, 64, torch.bfloat16, cu=[0, 100, 300]))
+    before = variants()
+    ours(*draw(1, 640, 132, 1, 64, 64, torch.bfloat16, cu=[0, 1, 1, 16, 640]))
+    assert variants() == before
+
+
+if __name__ == "__main__":
+    interpret()
