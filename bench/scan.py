@@ -1,0 +1,217 @@
+"""The scan against its peers: right first, then CUDA-event medians, eager and in a CUDA graph.
+
+    python bench/scan.py                     ours alone
+    python bench/scan.py --peers             with flash-linear-attention and FlashQLA, where they are installed
+    python bench/scan.py --only 1 --peers    one row (to fill the peers' compile caches in parallel beforehand)
+    python bench/scan.py --first             seconds to the first forward+backward, compile cache empty
+
+Every implementation runs in this process on the same inputs through its own public function and autograd. A peer that
+fails leaves its message in the table. Times in ms.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from widthwise.kernels import chunked, gated_delta_rule
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ROWS = [  # B, T, H, K, V, dtype
+    (1, 8192, 16, 128, 128, BF16),
+    (2, 8192, 32, 128, 128, BF16),
+    (8, 2048, 16, 128, 128, BF16),
+    (4, 4096, 16, 128, 128, BF16),
+    (1, 32768, 16, 128, 128, BF16),
+    (8, 1024, 6, 128, 256, BF16),
+    (8, 1024, 6, 192, 384, BF16),
+    (32, 1024, 6, 32, 64, BF16),
+    (1, 8192, 16, 128, 128, FP32),
+]
+BYTES_PER_SECOND, FLOPS = 4.3e12, 790e12  # measured ceilings of the H200 this was run on; an H100 has 3.0e12, 700e12
+Implementation = Callable[..., Tensor]
+
+
+def widthwise(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    return gated_delta_rule(q, k, v, g, beta, normalize_qk=True)[0]
+
+
+def peers() -> dict[str, Implementation]:
+    """Those installed. FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported."""
+    found: dict[str, Implementation] = {}
+    try:
+        import fla.ops.common.chunk_o as guarded
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_rule
+
+        guarded.TRITON_ABOVE_3_7_1 = True
+        found["fla"] = lambda *x: fla_rule(*x, use_qk_l2norm_in_kernel=True)[0]
+    except ImportError as error:
+        print("no fla:", error, flush=True)
+    try:
+        from flash_qla import chunk_gated_delta_rule as qla_rule
+
+        found["flashqla"] = lambda *x: qla_rule(*x, use_qk_l2norm_in_kernel=True)[0]
+    except ImportError as error:
+        print("no flashqla:", error, flush=True)
+    return found
+
+
+def draw(batch: int, length: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v, g, beta and do, fresh; gates like a trained model's, between 0.9 and 1."""
+    wide = [torch.randn(batch, length, heads, d, device="cuda").to(dtype) for d in (key_dim, key_dim, value_dim)]
+    g = -0.1 * torch.rand(batch, length, heads, device="cuda")
+    beta = torch.rand(batch, length, heads, device="cuda")
+    return [*(x.requires_grad_() for x in (*wide, g, beta)), torch.randn_like(wide[2])]
+
+
+def floor(batch: int, length: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The least ms, forward and forward+backward: each input read and each output written once, or the arithmetic of
+    a chunked scan (chunk 64; the backward has 2.5 times the forward's) at the matrix units' rate."""
+    size, tokens = dtype.itemsize, batch * length * heads
+    forward = size * (2 * key_dim + 2 * value_dim) + 8
+    backward = size * (4 * key_dim + 3 * value_dim) + 16
+    flops = 2 * (3 * key_dim * value_dim + 64 * (2 * key_dim + 2 * value_dim) / 2)
+    rate = FLOPS / (2 if dtype == FP32 else 1)
+    ahead = max(forward * tokens / BYTES_PER_SECOND, flops * tokens / rate)
+    back = max(backward * tokens / BYTES_PER_SECOND, 2.5 * flops * tokens / rate)
+    return ahead * 1e3, (ahead + back) * 1e3
+
+
+def median(call: Callable[[], object], budget: float = 0.15) -> float:
+    """Median ms of one call by CUDA events, after warm-up."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = max(10, min(100, int(budget / max(time.perf_counter() - start, 1e-6))))
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in pairs:
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize()
+    return sorted(before.elapsed_time(after) for before, after in pairs)[repeats // 2]
+
+
+def in_graph(call: Callable[[], object]) -> float:
+    """The same for replays of a CUDA graph of the call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median(graph.replay)
+
+
+def gradients(rule: Implementation, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    o = rule(*inputs[:5])
+    return o.detach(), *torch.autograd.grad(o, inputs[:5], inputs[5])
+
+
+def error(rule: Implementation, inputs: list[Tensor]) -> dict[str, float]:
+    """Relative L2 error of o and every gradient, to the chunked path in float64."""
+    double = [x.detach().double() for x in inputs]
+    rest = (inputs[0].shape[-1] ** -0.5, None, None, True)
+    o, _, saved = chunked.forward(*double[:5], *rest)
+    wanted = (o, *chunked.backward(double[5], None, *double[:5], *rest, saved)[:5])
+    found = gradients(rule, inputs)
+    names = ("o", "dq", "dk", "dv", "dg", "dbeta")
+    pairs = zip(names, found, wanted, strict=True)
+    return {name: float((a.double() - b).norm() / b.norm()) for name, a, b in pairs}
+
+
+def measure(rule: Implementation, row: tuple, inputs: list[Tensor], peer: bool) -> dict[str, object]:
+    batch, length, heads, key_dim, value_dim, dtype = row
+    # A peer's error is looked at where its kernels are already compiled, ours on a smaller input as well.
+    out: dict[str, object] = {}
+    try:
+        with torch.no_grad():
+            rule(*inputs[:5])
+            out["fwd"] = in_graph(lambda: rule(*inputs[:5]))
+            out["fwd eager"] = median(lambda: rule(*inputs[:5]))
+        gradients(rule, inputs)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients(rule, inputs)
+        out["extra MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        out["f+b eager"] = median(lambda: gradients(rule, inputs))
+        out["f+b"] = in_graph(lambda: gradients(rule, inputs))
+        check = inputs if batch * length * heads <= 2**17 else draw(1, 1024, heads, key_dim, value_dim, dtype)
+        if not peer or check is inputs:
+            out["error"] = {name: float(f"{e:.1e}") for name, e in error(rule, check).items()}
+    except Exception as failure:  # a peer may refuse a shape; the table says so
+        out["failed"] = f"{type(failure).__name__}: {failure}"[:120]
+    return out
+
+
+def first_result(row: tuple) -> float:
+    """Seconds from having imported to the first gradients, in a fresh process with an empty compile cache."""
+    shape = ", ".join(map(str, row[:5]))
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch, scan\n"
+        f"x = scan.draw({shape}, {row[5]}); torch.cuda.synchronize(); start = time.perf_counter()\n"
+        "scan.gradients(scan.widthwise, x); torch.cuda.synchronize(); print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(run.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--only", type=int, help="number of one row, from 1")
+    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--out", help="a JSON file for all figures")
+    arguments = parser.parse_args()
+    import triton
+
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, flush=True)
+    if arguments.first:
+        print(f"first forward+backward: {first_result(ROWS[0]):.1f} s", flush=True)
+        return
+    rules = {"widthwise": widthwise, **(peers() if arguments.peers else {})}
+    results = []
+    for number, row in enumerate(ROWS, 1):
+        if arguments.only not in (None, number):
+            continue
+        shape = (*row[:5], str(row[5]).removeprefix("torch."))
+        ahead, both = floor(*row)
+        print(f"{number} {shape} floor fwd {ahead:.3f} f+b {both:.3f}", flush=True)
+        inputs = draw(*row)
+        for name, rule in rules.items():
+            if name == "flashqla" and (row[3:5] != (128, 128) or row[5] == FP32):
+                continue
+            figures = measure(rule, row, inputs, name != "widthwise")
+            results.append({"row": shape, "name": name, "floor": (ahead, both), **figures})
+            text = {key: f"{x:.3f}" if isinstance(x, float) else x for key, x in figures.items()}
+            print(f"    {name:10s}", *(f"{key} {x}" for key, x in text.items()), flush=True)
+            if arguments.out:
+                Path(arguments.out).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
