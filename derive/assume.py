@@ -148,17 +148,18 @@ def assumptions(
     Raises:
         DeriveError: for unknown names, and for requests that contradict each other.
     """
-    if isinstance(assume, Assumptions):
-        chosen = assume
-    elif preset is not None:
+    if preset is not None:
         if assume is not None:
+            given = assume.name if isinstance(assume, Assumptions) else assume
             raise DeriveError(
-                f"preset {preset!r} is itself an assumption set and contradicts assume={assume!r}",
+                f"preset {preset!r} is itself an assumption set and contradicts assume={given!r}",
                 cure="give one of the two",
             )
         if preset not in PRESETS:
             raise unknown_name("preset", preset, list(PRESETS))
         chosen = PRESETS[preset]
+    elif isinstance(assume, Assumptions):
+        chosen = assume
     else:
         name = assume or "at-init"
         if name not in SETS:

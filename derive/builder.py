@@ -7,8 +7,7 @@ whole dotted name, with the enclosing block's prefix, is the pattern its real pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import exponent
 from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Shape, as_group, shape_text
 from widthwise.derive.ops import OPS
+from widthwise.derive.ops.pointwise import NONLINEARITIES
 
 _HERE = Path(__file__).resolve()
 
@@ -35,9 +35,7 @@ class Tensor:
 def _caller() -> str:
     """file:line of the nearest frame outside this file."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        Path(frame.f_code.co_filename).resolve() == _HERE or frame.f_code.co_filename.endswith("contextlib.py")
-    ):
+    while frame.f_back is not None and (Path(frame.f_code.co_filename).resolve() == _HERE):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
@@ -55,8 +53,9 @@ class Builder:
         self._shapes: dict[str, Shape] = {}
         self._named: list[str] = []
         self._dims: dict[str, Dim] = {}
+        self._carriers: set[str] = set()
         self._carries: list[tuple[str, str]] = []
-        self._prefix, self._repeats = "", 1
+        self._prefix = ""
 
     # -- declarations -------------------------------------------------------------------------------------------
 
@@ -76,15 +75,6 @@ class Builder:
         """A trainable tensor used entrywise: a gain, a bias, a decay rate."""
         return self._parameter(name, tuple(map(as_group, axes)), random, trainable, suffix="")
 
-    @contextmanager
-    def _block(self, prefix: str, count: int) -> Iterator[None]:
-        outer = self._prefix, self._repeats
-        self._prefix, self._repeats = f"{self._prefix}{prefix}.*.", self._repeats * count
-        try:
-            yield
-        finally:
-            self._prefix, self._repeats = outer
-
     def repeat(self, prefix: str, count: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``count`` layers of one kind, described and solved once.
 
@@ -93,8 +83,9 @@ class Builder:
         """
         if count < 1:
             raise DeriveError(f"a block repeated {count} times", where=_caller(), cure="repeat it at least once")
-        with self._block(prefix, count):
-            y = layer(x)
+        outer, self._prefix = self._prefix, f"{self._prefix}{prefix}.*."
+        y = layer(x)
+        self._prefix = outer
         if y.shape != x.shape:
             raise DeriveError(
                 f"a layer turns {shape_text(x.shape)} into {shape_text(y.shape)} and cannot repeat",
@@ -106,24 +97,50 @@ class Builder:
 
     # -- ops ----------------------------------------------------------------------------------------------------
 
-    def embedding(self, name: str, vocabulary: Dim, out: Dim | Group, *, output: str | None = None) -> Tensor:
+    def embedding(
+        self, name: str, vocabulary: Dim, out: Dim | Group, *, trainable: bool = True, output: str | None = None
+    ) -> Tensor:
         """A row of the table [vocabulary, out] per token."""
-        table = self._parameter(name, (as_group(vocabulary), as_group(out)))
+        table = self._parameter(name, (as_group(vocabulary), as_group(out)), trainable=trainable)
         return self._apply("embedding", (table,), name=output)
 
     def linear(
-        self, x: Tensor, name: str, out: Dim | Group, *, bias: bool = False, output: str | None = None
+        self,
+        x: Tensor,
+        name: str,
+        out: Dim | Group,
+        *,
+        bias: bool = False,
+        tied_to: str | None = None,
+        trainable: bool = True,
+        output: str | None = None,
     ) -> Tensor:
-        """y = W x over the last axis of x; W is [out, in]."""
-        weight = self._parameter(name, (as_group(out), x.shape[-1]))
+        """y = W x over the last axis of x; W is [out, in]. With ``tied_to``, W is that role's weight."""
+        if tied_to:
+            weight = self.tied_table(tied_to)
+        else:
+            weight = self._parameter(name, (as_group(out), self._last(x)), trainable=trainable)
         y = self._apply("linear", (x, weight), name=None if bias else output)
+        if y.shape[-1] != as_group(out):
+            raise DeriveError(
+                f"{tied_to!r} makes {shape_text(y.shape)}, not {as_group(out)}", where=_caller(), cure="tie to another"
+            )
         if bias:
-            shift = self._parameter(f"{name}_bias", y.shape[-1:], random=False, suffix="", pattern=f"{name}.bias")
+            shift = self._parameter(
+                f"{name}_bias", y.shape[-1:], random=False, trainable=trainable, suffix="", pattern=f"{name}.bias"
+            )
             y = self._apply("add", (y, shift), name=output)
         return y
 
+    def _last(self, x: Tensor) -> Group:
+        if not x.shape:
+            raise DeriveError(
+                f"{x.name!r} is one number per token and has no last axis", where=_caller(), cure="give it an axis"
+            )
+        return x.shape[-1]
+
     def tied_table(self, name: str) -> Tensor:
-        """A parameter declared before, to use it again (a readout tied to the embedding)."""
+        """A parameter declared before, to use it once more."""
         role = name.rsplit(".", 1)[-1]
         if role not in self._parameters:
             raise DeriveError(f"no parameter {role!r} to tie to", where=_caller(), cure="declare it first")
@@ -133,7 +150,7 @@ class Builder:
         self, x: Tensor, name: str, vocabulary: Dim, *, tied_to: str | None = None, output: str | None = "logits"
     ) -> Tensor:
         """Logits = multiplier · W x. The multiplier is a rule of its own, of role ``name``; W may be a tied table."""
-        weight = self.tied_table(tied_to) if tied_to else self._parameter(name, (as_group(vocabulary), x.shape[-1]))
+        weight = self.tied_table(tied_to) if tied_to else self._parameter(name, (as_group(vocabulary), self._last(x)))
         return self._apply("linear", (x, weight), name=output, carrier=name.rsplit(".", 1)[-1])
 
     def conv1d(self, x: Tensor, name: str, taps: Dim, *, output: str | None = None) -> Tensor:
@@ -151,10 +168,17 @@ class Builder:
         return self._apply("residual", (x, branch), name=output)
 
     def scale(
-        self, x: Tensor, power: int | str | Expr = 0, *, multiplier: str | None = None, output: str | None = None
+        self,
+        x: Tensor,
+        power: int | str | Expr = 0,
+        *,
+        factor: float = 1.0,
+        multiplier: str | None = None,
+        output: str | None = None,
     ) -> Tensor:
-        """x · n^power, times a multiplier of role ``multiplier`` that the engine solves for, where given."""
-        return self._apply("scale", (x,), name=output, power=exponent(power), carrier=multiplier)
+        """x · factor · n^power, times a multiplier of role ``multiplier`` that the engine solves for, where given.
+        ``factor`` is width-free, so that it matters to who runs the graph and to no exponent."""
+        return self._apply("scale", (x,), name=output, power=exponent(power), carrier=multiplier, factor=factor)
 
     def reshape(self, x: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
         """The same axes, regrouped: ``g.reshape(q, H, K)``."""
@@ -171,23 +195,31 @@ class Builder:
 
     def pointwise(self, function: str, x: Tensor, *, output: str | None = None) -> Tensor:
         """silu, gelu, relu, sigmoid, softplus, exp, tanh."""
+        if function not in NONLINEARITIES or function == "softmax":
+            known = ", ".join(sorted(set(NONLINEARITIES) - {"softmax"}))
+            raise DeriveError(f"there is no nonlinearity {function!r}", where=_caller(), cure=f"known: {known}")
         return self._apply(function, (x,), name=output)
 
     def norm(
         self,
         x: Tensor,
-        name: str | None = None,
+        gain: str | Tensor | None = None,
         *,
         kind: str = "rms_norm",
         eps: float = 1e-5,
         output: str | None = None,
     ) -> Tensor:
-        """Normalize the last axis (``rms_norm``, ``layer_norm``, ``l2_norm``), with a gain called ``name`` if given;
-        a gain spans the last axis alone and is shared along the others."""
-        y = self._apply(kind, (x,), name=None if name else output, axis=x.shape[-1], eps=eps)
-        if name is None:
+        """Normalize the last axis (``rms_norm``, ``layer_norm``, ``l2_norm``), with a gain where one is named, or one
+        declared before is passed; a named gain spans the last axis alone and is shared along the others."""
+        if kind not in ("rms_norm", "layer_norm", "l2_norm"):
+            raise DeriveError(
+                f"there is no norm {kind!r}", where=_caller(), cure="known: rms_norm, layer_norm, l2_norm"
+            )
+        y = self._apply(kind, (x,), name=output if gain is None else None, axis=self._last(x), eps=eps)
+        if gain is None:
             return y
-        gain = self._parameter(name, x.shape[-1:], random=False)
+        if isinstance(gain, str):
+            gain = self._parameter(gain, x.shape[-1:], random=False)
         return self._apply("einsum", (y, gain), name=output, shape=x.shape)
 
     def attention(
@@ -202,9 +234,10 @@ class Builder:
         output: str | None = None,
     ) -> Tensor:
         """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit."""
+        self._last(v)
         heads = q.shape[:-1]
         logits = self.scale(self.contract(q, k, *heads), power, multiplier=multiplier, output=scores)
-        probabilities = self.pointwise("softmax", logits)
+        probabilities = self._apply("softmax", (logits,), name=None)
         return self.contract(probabilities, v, *heads, v.shape[-1], output=output)
 
     def scan(
@@ -215,11 +248,18 @@ class Builder:
         *,
         decay: Tensor | None = None,
         strength: Tensor | None = None,
+        erase: bool = True,
         power: int | str | Expr = 0,
+        state: str | None = None,
         output: str | None = None,
     ) -> Tensor:
-        """The gated delta rule and its kin (see ops/scan.py): o = n^power · S q, S decayed and written over time."""
+        """The gated delta rule and its kin (see ops/scan.py): o = n^power · S q, S decayed and written over time;
+        with ``erase``, a write first takes out what the state holds for its key (which moves no exponent). ``state``
+        names the state for tables."""
         gates = tuple(gate for gate in (decay, strength) if gate is not None)
+        if state is not None:
+            self._named.append(state)
+            self._shapes[state] = (*v.shape, self._last(k))
         return self._apply(
             "scan",
             (q, k, v, *gates),
@@ -227,6 +267,8 @@ class Builder:
             power=exponent(power),
             decay=decay is not None,
             strength=strength is not None,
+            erase=erase,
+            state=state,
         )
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
@@ -273,12 +315,12 @@ class Builder:
             raise DeriveError(
                 f"the name {role!r} is taken",
                 where=_caller(),
-                cure="give each parameter a role of its own, or tie them",
+                cure="give each parameter and tensor its own name; reuse a weight with tied_to=, a gain by passing it",
             )
         if not role.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
             raise DeriveError(f"{name!r} is not a dotted name", where=_caller(), cure="use letters, digits and _")
         full = f"{self._prefix}{pattern or name + suffix}"
-        self._parameters[role] = Parameter(role, shape, (full,), random, trainable, self._repeats, _caller())
+        self._parameters[role] = Parameter(role, shape, (full,), random, trainable, _caller())
         self._shapes[role] = shape
         return Tensor(role, shape)
 
@@ -302,10 +344,24 @@ class Builder:
                     where=where,
                     cure="use tensors that this builder returned",
                 )
+        carrier = attrs.get("carrier")
+        if carrier in self._carriers:
+            raise DeriveError(
+                f"the multiplier {carrier!r} is carried twice", where=where, cure="name each multiplier by itself"
+            )
         try:
             shape = OPS[op].shape([tensor.shape for tensor in inputs], attrs)
         except DeriveError as error:
             raise DeriveError(error.what, where=f"{op} at {where}", cure=error.cure) from None
+        except (ValueError, IndexError, KeyError, TypeError):
+            given = ", ".join(shape_text(tensor.shape) for tensor in inputs) or "no tensor"
+            raise DeriveError(
+                f"{op} cannot take {given}" + (f" with {', '.join(attrs)}" if attrs else ""),
+                where=f"{op} at {where}",
+                cure="use the builder's method for it, which gives each op what it needs",
+            ) from None
+        if carrier:
+            self._carriers.add(carrier)
         self._nodes.append(
             Node(op, tuple(tensor.name for tensor in inputs), output, shape, MappingProxyType(dict(attrs)), where)
         )

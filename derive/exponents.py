@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations
 
-from sympy import Expr, Integer, Max, Min, Rational, Symbol
+from sympy import Expr, Float, Integer, Max, Min, Rational, Symbol
 
 from widthwise.derive.errors import DeriveError
 
@@ -20,14 +20,12 @@ ZERO: Expr = Integer(0)
 ONE: Expr = Integer(1)
 HALF: Expr = Rational(1, 2)
 
-Exponent = Expr
-
 
 def exponent(value: int | str | Expr) -> Expr:
     """An exponent from a number, a text such as ``"h/2 - 1"``, or a SymPy expression (floats are refused)."""
-    if isinstance(value, Expr):
+    if isinstance(value, Expr) and not value.has(Float):
         return value
-    if isinstance(value, bool | float):
+    if isinstance(value, bool) or not isinstance(value, int | str):
         raise DeriveError(f"the exponent {value!r} is not exact", cure='write a fraction, for example "1/2"')
     return Integer(value) if isinstance(value, int) else parse(value)
 
@@ -37,28 +35,27 @@ def at_most(a: Expr, b: Expr) -> bool:
     difference = a - b
     if difference.is_Rational:
         return bool(difference <= 0)
-    return all(difference.xreplace(corner) <= 0 for corner in _corners(difference))
+    if not difference.atoms(Max, Min):  # affine: the box's worst corner, found symbol by symbol
+        terms = difference.as_coefficients_dict()
+        return bool(sum((rate if form == 1 else max(rate, ZERO) for form, rate in terms.items()), ZERO) <= 0)
+    return all(difference.xreplace(point) <= 0 for point in _kinks(difference))
 
 
 @lru_cache(maxsize=4096)
-def _corners(form: Expr) -> tuple[dict[Symbol, Expr], ...]:
-    """The points of the box at which the sign of a piecewise affine form is decided."""
+def _kinks(form: Expr) -> tuple[dict[Symbol, Expr], ...]:
+    """Both ends and every kink of a piecewise affine form: its sign is decided there."""
     symbols = sorted(form.free_symbols, key=str)
-    pieces = form.atoms(Max, Min)
-    if not pieces:
-        return tuple(dict(zip(symbols, corner, strict=True)) for corner in product((ZERO, ONE), repeat=len(symbols)))
     if len(symbols) > 1:
         raise DeriveError(
-            f"cannot decide the sign of {show(form)} in several symbolic exponents",
+            f"cannot decide the sign of {show(form)[:80]} in several symbolic exponents",
             cure="give all but one of them a number",
         )
     (symbol,) = symbols
-    slope = symbol  # a kink lies where two arguments of a Max or Min cross
     points = {ZERO, ONE}
-    for piece in pieces:
+    for piece in form.atoms(Max, Min):  # a kink lies where two arguments of a Max or Min cross
         for left, right in combinations(piece.args, 2):
             gap = left - right
-            rate = gap.coeff(slope)
+            rate = gap.coeff(symbol)
             if rate != 0 and 0 <= (root := -gap.xreplace({symbol: ZERO}) / rate) <= 1:
                 points.add(root)
     return tuple({symbol: point} for point in points)

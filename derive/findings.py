@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from widthwise.derive.backward import Backward
 from widthwise.derive.exponents import HALF, ZERO, at_most, n_to
+from widthwise.derive.facts import ancestry
 from widthwise.derive.forward import Forward
 from widthwise.derive.graph import atoms, extent
 from widthwise.derive.ops.norm import divisor
@@ -112,10 +113,13 @@ def off_scale_inputs(walk: Forward) -> Iterator[Finding]:
 
 def broken_bounds(walk: Forward) -> Iterator[Finding]:
     """Knobs that were fixed by hand, or an architecture's own factors, may break a bound."""
+    told: set[int] = set()
     for violation in walk.knobs.violations:
         fact = violation.constraint.fact
-        if fact.because.startswith("W₀·Δx: "):
-            continue  # told by loud_operators, which names the weight
+        downstream = any(id(cause) in told for cause in ancestry(fact))
+        told.add(id(fact))
+        if downstream or fact.because.startswith("W₀·Δx: "):
+            continue  # told by its cause, or by loud_operators, which names the weight
         yield Finding(
             "growth",
             fact.subject,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from sympy import Expr
+from sympy import Expr, Symbol
 
 from widthwise.derive.assume import Assumptions
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import ZERO, largest, n_to
+from widthwise.derive.exponents import ZERO, at_most, largest, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Graph, Node, Parameter
 from widthwise.derive.ops.registry import OPS, Tolerance, lookup
@@ -51,6 +52,21 @@ class Met(NamedTuple):
     partial: Partial
 
 
+def walk_forward(graph: Graph, assume: Assumptions, fixed: Mapping[tuple[str, str], Expr]) -> Forward:
+    """Walk until no knob of a weight with several uses breaks a bound at a later use.
+
+    A knob is eliminated where its weight is first used; where a later use wants it lower, the walk starts again under
+    that cap. Caps only fall, and each is met exactly, so a weight with k uses takes at most k walks.
+    """
+    caps: dict[Symbol, tuple[Expr, Constraint]] = {}
+    while True:
+        walk = Forward(graph, assume, Knobs(fixed, caps)).run()
+        lower = walk.knobs.exceeded_later()
+        if all(symbol in caps and at_most(caps[symbol][0], bound) for symbol, (bound, _) in lower.items()):
+            return walk
+        caps |= lower
+
+
 @dataclass
 class Forward:
     """State of the walk, and the services that op rules use."""
@@ -61,6 +77,7 @@ class Forward:
     states: dict[str, State] = field(default_factory=dict)
     met: list[Met] = field(default_factory=list)
     _settled: set[str] = field(default_factory=set)
+    _demands: dict[str, frozenset[Tolerance]] = field(default_factory=dict)
 
     def run(self) -> Forward:
         for parameter in self.graph.parameters.values():
@@ -78,7 +95,12 @@ class Forward:
         return self
 
     def _check_carries(self) -> None:
-        """Refuse a repeated block whose output does not look to the next layer as its input did."""
+        """Refuse a repeated block whose output does not look to the next layer as its input did.
+
+        Where knobs fixed by the request broke a bound, the finding about that bound says more.
+        """
+        if self.knobs.violations:
+            return
         for before, after in self.graph.carries:
             sizes = [self.states[name].init.size for name in (before, after)]
             if sizes[0] != sizes[1]:
@@ -182,15 +204,19 @@ class Forward:
                 for change in state.changes
                 if change.own
             )
-        self.states[tensor] = self._resolved(state)
+        settled = self._resolved(state)
+        # Bounded once: whatever reads the tensor from here on meets its change as one from upstream.
+        self.states[tensor] = replace(settled, changes=tuple(each._replace(own=False) for each in settled.changes))
 
-    def demands(self, tensor: str) -> set[Tolerance]:
+    def demands(self, tensor: str) -> frozenset[Tolerance]:
         """What the consumers of a tensor tolerate, looking through ops that pass changes on."""
-        found: set[Tolerance] = set()
-        for node, slot in self.graph.consumers(tensor):
-            tolerance = OPS[node.op].tolerance(slot)
-            found |= self.demands(node.output) if tolerance == "passes" else {tolerance}
-        return found
+        if tensor not in self._demands:
+            found: set[Tolerance] = set()
+            for node, slot in self.graph.consumers(tensor):
+                tolerance = lookup(node).tolerance(slot)
+                found |= self.demands(node.output) if tolerance == "passes" else {tolerance}
+            self._demands[tensor] = frozenset(found)
+        return self._demands[tensor]
 
     def _resolved(self, state: State) -> State:
         value = self.knobs.value

@@ -14,6 +14,7 @@ from sympy import Expr
 from widthwise.derive.backward import Backward
 from widthwise.derive.errors import unknown_name
 from widthwise.derive.exponents import ZERO, n_to
+from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Node
 from widthwise.derive.optimizers import Law, Weight, decay_exponent
 from widthwise.derive.rules import Derived
@@ -34,10 +35,17 @@ def moved(rule: Derived, law: Law, theta: Expr) -> Derived:
         lr=lr,
         weight=after,
         weight_decay=decay_exponent(law, after, lr),
-        eps=law.eps(after) if law.eps else None,
+        eps=law.eps(after),
+    )
+    gauge = Fact(
+        f"{rule.rule.role} in the absorbed gauge: lr",
+        lr,
+        f"{n_to(theta)} moves from init std to multiplier; the learning rate follows the optimizer's law",
+        rule.facts,
     )
     return replace(
         rule,
+        facts=(*rule.facts, gauge),
         update=update,
         rule=replace(
             rule.rule,
@@ -64,6 +72,9 @@ def absorbed(walk: Backward, law: Law, rules: Sequence[Derived], gauge: str) -> 
     for role, rule in list(by_role.items()):
         theta = rule.rule.multiplier
         if theta is None or theta == ZERO:
+            continue
+        if rule.rule.parameters and (rule.update is None or len(walk.graph.consumers(role)) > 1):
+            by_role[role] = _stays(rule)  # frozen, or used elsewhere too: rescaling it would change that use
             continue
         if rule.node is not None and (norm := _norm_behind(walk, rule.node)) is not None:
             by_role[role] = _into_eps(rule, norm, theta)

@@ -80,7 +80,7 @@ class Parameter:
     """A trainable tensor of one role; ``patterns`` are globs over the names it has in real models.
 
     ``random`` weights are drawn from a sign-symmetric law; the others (gains, biases, decay rates) have a fixed
-    or one-sided base value. ``repeats`` counts the layers that share the role.
+    or one-sided base value.
     """
 
     role: str
@@ -88,7 +88,6 @@ class Parameter:
     patterns: tuple[str, ...] = ()
     random: bool = True
     trainable: bool = True
-    repeats: int = 1
     where: str = ""
 
 

@@ -36,10 +36,6 @@ class Step:
             return self.spectral + (fan_in - fan_out) * HALF
         return self.entry + fan_in * (1 if aligned else HALF)
 
-    def row(self, width: Expr) -> Expr:
-        """Entry size of one row of the step, which is what a look-up reads."""
-        return self.entry if self.spectral is None else self.spectral - width * HALF
-
 
 @dataclass(frozen=True)
 class Law:
@@ -48,12 +44,12 @@ class Law:
     Attributes:
         step: the step as a function of the parameter's sizes.
         decay: ``coupled`` adds wd·w to the gradient, ``decoupled`` multiplies the weight by 1 − lr·wd.
-        eps: the quantity eps is added to, as a function of the same sizes; None where there is no eps.
+        eps: the size of what eps is added to, as a function of the same sizes; None where there is no eps.
     """
 
     step: Callable[[Weight], Step]
     decay: str
-    eps: Callable[[Weight], Expr] | None
+    eps: Callable[[Weight], Expr | None]
     summary: str
 
 
@@ -75,17 +71,27 @@ def _relative(weight: Weight) -> Step:
     return Step(weight.entry)
 
 
-def _size_of_gradient(weight: Weight) -> Expr:
+def _gradient_size(weight: Weight) -> Expr | None:
     return weight.gradient
 
 
+def _gradient_size_of_vectors(weight: Weight) -> Expr | None:
+    return None if weight.matrix else weight.gradient
+
+
+def _no_eps(weight: Weight) -> Expr | None:
+    return None
+
+
 OPTIMIZERS: Mapping[str, Law] = {
-    "sgd": Law(_gradient, "coupled", None, "step = gradient; momentum changes no exponent"),
-    "adam": Law(_sign, "coupled", _size_of_gradient, "entries Θ(1); weight decay added to the gradient"),
-    "adamw": Law(_sign, "decoupled", _size_of_gradient, "entries Θ(1); decoupled weight decay"),
-    "lion": Law(_sign, "decoupled", None, "entries ±1; decoupled weight decay"),
-    "muon": Law(_orthogonal, "decoupled", None, "matrices orthogonalized, everything else as under AdamW"),
-    "adafactor": Law(_relative, "decoupled", None, "entries relative to the weight's rms"),
+    "sgd": Law(_gradient, "coupled", _no_eps, "step = gradient; momentum changes no exponent"),
+    "adam": Law(_sign, "coupled", _gradient_size, "entries Θ(1); weight decay added to the gradient"),
+    "adamw": Law(_sign, "decoupled", _gradient_size, "entries Θ(1); decoupled weight decay"),
+    "lion": Law(_sign, "decoupled", _no_eps, "entries ±1; decoupled weight decay"),
+    "muon": Law(
+        _orthogonal, "decoupled", _gradient_size_of_vectors, "matrices orthogonalized, everything else as under AdamW"
+    ),
+    "adafactor": Law(_relative, "decoupled", _no_eps, "entries relative to the weight's rms"),
 }
 
 

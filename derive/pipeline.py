@@ -9,13 +9,12 @@ from sympy import Expr
 from widthwise.derive.assume import Assumptions, assumptions, in_regime
 from widthwise.derive.backward import Backward
 from widthwise.derive.findings import collect, other_branch
-from widthwise.derive.forward import Forward
+from widthwise.derive.forward import walk_forward
 from widthwise.derive.gauge import absorbed
 from widthwise.derive.graph import Graph
 from widthwise.derive.optimizers import optimizer as law_of
 from widthwise.derive.parametrization import Fixed, fixed_knobs
 from widthwise.derive.rules import assemble
-from widthwise.derive.solve import Knobs
 from widthwise.derive.table import RuleTable
 from widthwise.derive.update import solve_updates
 
@@ -57,7 +56,7 @@ def derive(
 
 def _one_regime(graph: Graph, optimizer: str, assumed: Assumptions, fixed: Fixed, gauge: str) -> RuleTable:
     law = law_of(optimizer)
-    forward = Forward(graph, assumed, Knobs(fixed)).run()
+    forward = walk_forward(graph, assumed, fixed)
     backward = Backward(forward).run()
     updates = solve_updates(backward, law, fixed)
     rules = assemble(backward, law, updates)

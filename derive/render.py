@@ -46,12 +46,11 @@ def title(table: RuleTable) -> str:
 
 def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableType]:
     """What the command line prints: the rules, then the findings, then what was assumed."""
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(
-        title=title(table),
+        title=Text(title(table)),
         title_justify="left",
         title_style="bold",
         caption_justify="left",
@@ -64,16 +63,13 @@ def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableT
     for name, _ in shown:
         grid.add_column(name, justify="right", no_wrap=True)
     for rule in table.rules:
-        grid.add_row(rule.role, Text(shape(rule)), *(cell(getattr(rule, knob)) for _, knob in shown))
+        grid.add_row(Text(rule.role), Text(shape(rule)), *(cell(getattr(rule, knob)) for _, knob in shown))
     parts: list[RenderableType] = [grid]
     if table.findings:
         parts.append(Text(f"\n{len(table.findings)} findings", style="bold"))
         for cure, group in groupby(table.findings, key=lambda finding: finding.cure):
             parts += [
-                Text.from_markup(
-                    f"[yellow]{each.kind}[/yellow] [bold]{escape(each.where)}[/bold]: {escape(each.message)}"
-                )
-                for each in group
+                Text.assemble((each.kind, "yellow"), " ", (each.where, "bold"), f": {each.message}") for each in group
             ]
             parts.append(Text(f"    → {cure}"))
     if assumptions:

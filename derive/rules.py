@@ -56,9 +56,8 @@ def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, n
     if knobs.symbol(MULTIPLIER, role) in knobs.values:
         multiplier = knobs.values[knobs.symbol(MULTIPLIER, role)]
         facts.append(knobs.bindings[knobs.symbol(MULTIPLIER, role)])
-    if update is not None:
-        facts.append(update.binding)
-    proof = tuple(facts)
+    binding = tuple(facts) if update is None else (*facts, update.binding)
+    proof = binding if update is None else (*binding, *_followers(walk, role, update))
     return Derived(
         Rule(
             role,
@@ -69,13 +68,26 @@ def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, n
             lr=update.lr if update else None,
             weight_decay=update.weight_decay if update else None,
             eps=update.eps if update else None,
-            binding="; ".join(f"{fact.subject.split(' of ')[0]}: {fact.because}" for fact in proof),
+            binding="; ".join(f"{fact.subject.split(' of ')[0]}: {fact.because}" for fact in binding),
             assumed=_assumed(proof),
         ),
         proof,
         update,
         node,
     )
+
+
+def _followers(walk: Backward, role: str, update: Update) -> tuple[Fact, ...]:
+    """The facts that weight decay and eps follow from."""
+    decay = Fact(
+        f"weight_decay of {role}",
+        update.weight_decay,
+        "each step shrinks the weight by a width-independent factor",
+        (update.binding,),
+    )
+    if update.eps is None:
+        return (decay,)
+    return decay, Fact(f"eps of {role}", update.eps, "as large as what it is added to", (walk.facts[role],))
 
 
 def _of_multiplier(walk: Backward, role: str, node: Node) -> Derived:

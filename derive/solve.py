@@ -44,6 +44,7 @@ class Knobs:
     """The unknowns of one derivation: the fixed ones, the solved ones, and what bound each."""
 
     fixed: Mapping[tuple[str, str], Expr] = field(default_factory=dict)
+    caps: Mapping[Symbol, tuple[Expr, Constraint]] = field(default_factory=dict)
     values: dict[Symbol, Expr] = field(default_factory=dict)
     bindings: dict[Symbol, Fact] = field(default_factory=dict)
     tight: dict[Symbol, Constraint] = field(default_factory=dict)
@@ -109,6 +110,8 @@ class Knobs:
             if symbol not in tightest or not at_most(tightest[symbol][0], bound):
                 tightest[symbol] = (bound, constraint)
         for symbol, (bound, constraint) in tightest.items():
+            if symbol in self.caps and not at_most(bound, self.caps[symbol][0]):
+                bound, constraint = self.caps[symbol]
             self.values[symbol], self.tight[symbol] = bound, constraint
             kind, name, _ = self._open.pop(symbol)
             self.bindings[symbol] = Fact(_title(kind, name), bound, constraint.reason, (constraint.fact,))
@@ -127,6 +130,17 @@ class Knobs:
                 cure="what it makes must reach the loss through an op with a scale of its own, "
                 "or the knob must be fixed",
             )
+
+    def exceeded_later(self) -> dict[Symbol, tuple[Expr, Constraint]]:
+        """Knobs solved at one use of a weight that break a bound at a later one: how low each has to be."""
+        lower: dict[Symbol, tuple[Expr, Constraint]] = {}
+        for violation in self.violations:
+            form = violation.constraint.form
+            for symbol in form.free_symbols & self.tight.keys():
+                bound = self.values[symbol] - violation.excess / form.coeff(symbol)
+                if symbol not in lower or not at_most(lower[symbol][0], bound):
+                    lower[symbol] = (bound, violation.constraint)
+        return lower
 
     def holds(self) -> bool:
         """Whether every constraint met so far holds at the solution."""

@@ -134,6 +134,11 @@ class RuleTable:
             (
                 f"{assume.name}: {assume.source}",
                 *assume.statements(),
+                *(
+                    ("gauge: sizes, findings and the first steps of proofs are those of the multiplier gauge",)
+                    if gauge == "absorbed"
+                    else ()
+                ),
                 "optimizer: " + OPTIMIZERS[optimizer].summary,
                 f"clipping: the norm of all gradients is {n_to(norm)}, so a clip threshold ∝ {n_to(norm)} acts alike "
                 "at every width",

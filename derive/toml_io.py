@@ -16,7 +16,7 @@ from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import parse
 from widthwise.derive.table import KNOBS, Finding, Rule, RuleTable, TensorSize
 
-LIMIT = 4_000_000  # characters; the largest real table is a hundredth of this
+LIMIT, LONGEST_LINE = 400_000, 20_000  # characters; real tables are a tenth of that
 
 _AGAIN = "write it again with widthwise derive --format toml"
 _HEADER = "# Width-scaling rules. Every knob is an exponent: multiply the base value by (n / n_base)^knob.\n"
@@ -41,11 +41,11 @@ def read_toml(text: str, name: str = "the file") -> RuleTable:
     Raises:
         DeriveError: when it is not such a file, or its content does not match its hash.
     """
-    if len(text) > LIMIT:
+    if len(text) > LIMIT or max(map(len, text.splitlines()), default=0) > LONGEST_LINE:
         raise DeriveError(f"{name} is larger than any rule table", cure="check that it is the right file")
     try:
         content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DeriveError(f"{name} is not TOML: {error}", cure=_AGAIN) from None
     reader = _Reader(name)
     table = RuleTable(
@@ -55,7 +55,7 @@ def read_toml(text: str, name: str = "the file") -> RuleTable:
         regime=reader.text(content, "regime"),
         gauge=reader.text(content, "gauge"),
         options=reader.texts_by_name(content, "options"),
-        assumptions=reader.texts(content, "assumptions"),
+        assumptions=reader.texts(content, "assumptions", some=True),
         rules=tuple(reader.rule(entry) for entry in reader.entries(content, "rules")),
         tensors=tuple(reader.tensor(entry) for entry in reader.entries(content, "tensors")),
         findings=tuple(reader.finding(entry) for entry in reader.entries(content, "findings")),
@@ -88,9 +88,9 @@ class _Reader:
             raise self.refuse(f"{key} is missing or not a text")
         return value
 
-    def texts(self, entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    def texts(self, entry: Mapping[str, Any], key: str, some: bool = False) -> tuple[str, ...]:
         value = entry.get(key)
-        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value) or (some and not value):
             raise self.refuse(f"{key} is missing or not a list of texts")
         return tuple(value)
 

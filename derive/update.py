@@ -78,7 +78,7 @@ def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | No
             f"tolerates {n_to(bounds[best].value)}",
             (effects[best], bounds[best]),
         )
-    eps = law.eps(weight) if law.eps else None
+    eps = law.eps(weight)
     return Update(
         lr,
         decay_exponent(law, weight, lr),

@@ -71,6 +71,16 @@ def test_files(tmp_path: Path) -> None:
         ("derive", "json:dumps"),
         ("explain", "gated_deltanet", "z_proj"),
         ("derive", "mlp", "--scaling", "mixed"),
+        ("derive", "mlp", "-O", "activation=rms_norm"),
+        ("derive", "mlp", "-O", "activation=softmax"),
+        ("derive", "mlp", "-O", "depth=²"),
+        ("derive", "mlp", "-O", "depth=0"),
+        ("derive", ":x"),
+        ("derive", ".x:y"),
+        ("derive", "gated_deltanet", "--scaling", "mixed", "-O", "scaling=heads-fixed"),
+        ("derive", "gated_deltanet", "--tied", "-O", "tied=off"),
+        ("derive", "mlp", "-o", "/nonexistent/folder/x"),
+        ("derive", "mlp", "--format", "json", "-o", "/nonexistent/folder/x"),
     ],
 )
 def test_mistakes_exit_2_with_one_clear_error(arguments: tuple[str, ...]) -> None:
@@ -110,3 +120,61 @@ def test_the_core_imports_no_torch() -> None:
         ).returncode
         == 0
     )
+
+
+def test_options_are_read_as_the_kind_of_their_default() -> None:
+    assert run("derive", "mlp", "-O", "depth=1").exit_code == 0
+    assert run("derive", "gated_deltanet", "-O", "qk_scale=1", "-O", "activation=off").exit_code == 0
+
+
+def test_a_users_function_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raising.py").write_text("def graph():\n    raise RuntimeError('mine')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run("derive", "raising:graph")
+    assert result.exit_code == 2
+    assert "RuntimeError: mine" in result.stderr
+
+
+def test_a_terminal_without_greek() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "widthwise", "derive", "mlp"],
+        capture_output=True,
+        check=False,
+        env={"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "PYTHONIOENCODING": "ascii"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('role = "input"', 'role = "[/x]"'), ("assumptions = [", "assumptions = []\nx = [")]
+)
+def test_hostile_files_are_shown_or_refused(tmp_path: Path, old: str, new: str) -> None:
+    from widthwise.derive import architecture, derive, write_toml
+
+    text = write_toml(derive(architecture("mlp")))
+    assert old in text
+    path = tmp_path / "hostile.toml"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    assert run("show", str(path)).exit_code == 2
+
+
+def test_markup_in_a_table_is_text() -> None:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from widthwise.derive import Finding, Rule, architecture, derive
+    from widthwise.derive.exponents import ZERO
+    from widthwise.derive.render import terminal
+
+    table = replace(
+        derive(architecture("mlp")),
+        architecture="[/red]",
+        rules=(Rule("[/x]", shape=("[/y]",)),),
+        findings=(Finding("[/bold]", "[/a]", ZERO, "[/b]", "[/c]"),),
+    )
+    console = Console(width=100)
+    with console.capture() as shown:
+        for part in terminal(table, assumptions=True):
+            console.print(part)
+    assert all(each in shown.get() for each in ("[/red]", "[/x]", "[/y]", "[/bold]", "[/a]", "[/b]", "[/c]"))

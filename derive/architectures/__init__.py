@@ -29,12 +29,9 @@ def options(name: str) -> dict[str, object]:
     """
     if name not in ARCHITECTURES:
         raise unknown_name("architecture", name, list(ARCHITECTURES))
-    builder = gated_deltanet if name == "deltanet" else ARCHITECTURES[name]
-    found = {each.name: each.default for each in inspect.signature(builder).parameters.values()}
-    found.pop("name", None)
-    if name == "deltanet":
-        found.pop("decay")
-        found["gate"] = False
+    signature = inspect.signature(ARCHITECTURES[name])
+    found = {each.name: each.default for each in signature.parameters.values()}
+    found.pop("name", None)  # a variant's own name, not a choice
     return found
 
 

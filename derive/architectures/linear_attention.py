@@ -104,8 +104,9 @@ def gated_deltanet(
                 g.parameter("attn.dt_bias", value_heads),
                 output="z_alpha",
             )
-            alpha = g.pointwise("exp", g.product(rate, g.pointwise("softplus", z)), output="alpha")
-        o = g.scan(q, k, v, decay=alpha, strength=beta, power=_qk_power(qk_scale, d_k), output="o")
+            log_alpha = g.scale(g.product(rate, g.pointwise("softplus", z)), factor=-1.0, output="g")
+            alpha = g.pointwise("exp", log_alpha, output="alpha")
+        o = g.scan(q, k, v, decay=alpha, strength=beta, power=_qk_power(qk_scale, d_k), state="S", output="o")
         return _output(g, h, o, value_heads, d_v, width, gate, o_scale)
 
     language_model(g, width, depth, tied, mixer, mlp)
@@ -123,9 +124,30 @@ def _output(g: Builder, h: Tensor, o: Tensor, heads: Group, d_v: Dim, width: Dim
     return g.linear(g.reshape(y, heads * d_v), "attn.o_proj", width, output="y")
 
 
-def deltanet(**options: object) -> Graph:
+def deltanet(
+    *,
+    scaling: str = "heads-fixed",
+    tied: bool = False,
+    activation: bool = True,
+    conv: bool = True,
+    gate: bool = False,
+    o_scale: bool = True,
+    qk_scale: str = "1",
+    depth: int = 24,
+) -> Graph:
     """DeltaNet (Yang et al. 2024, arXiv:2406.06484): Gated DeltaNet without decay and without output gate."""
-    return gated_deltanet(**{"gate": False, **options, "decay": False, "name": "deltanet"})  # type: ignore[arg-type]
+    return gated_deltanet(
+        scaling=scaling,
+        tied=tied,
+        activation=activation,
+        conv=conv,
+        gate=gate,
+        decay=False,
+        o_scale=o_scale,
+        qk_scale=qk_scale,
+        depth=depth,
+        name="deltanet",
+    )
 
 
 def gated_linear_attention(
@@ -142,7 +164,7 @@ def gated_linear_attention(
         v = g.reshape(g.linear(h, "attn.v_proj", heads * d_v), heads, d_v, output="v")
         z = g.linear(g.linear(h, "attn.gk_down", rank), "attn.gk_up", heads * d_k, bias=True, output="z_alpha")
         alpha = g.reshape(g.pointwise("sigmoid", z), heads, d_k, output="alpha")
-        o = g.scan(q, k, v, decay=alpha, power=-d_k.exponent * Rational(1, 2), output="o")
+        o = g.scan(q, k, v, decay=alpha, power=-d_k.exponent * Rational(1, 2), state="S", output="o")
         return _output(g, h, o, as_group(heads), d_v, width, True, o_scale)
 
     language_model(g, width, depth, tied, mixer)
@@ -171,8 +193,8 @@ def mamba2(*, scaling: str = "head-dim-fixed", tied: bool = False, conv: bool = 
         )
         dt = g.pointwise("softplus", z_dt, output="dt")
         rate = g.pointwise("exp", g.parameter("mixer.A_log", heads))
-        alpha = g.pointwise("exp", g.product(rate, dt), output="alpha")
-        o = g.scan(q, k, v, decay=alpha, strength=dt, output="o")
+        alpha = g.pointwise("exp", g.scale(g.product(rate, dt), factor=-1.0), output="alpha")
+        o = g.scan(q, k, v, decay=alpha, strength=dt, erase=False, state="S", output="o")
         skip = g.product(v, g.parameter("mixer.D", heads), heads, d_head)
         o = g.reshape(g.add(o, skip), heads * d_head)
         gate = g.pointwise("silu", g.linear(h, "mixer.z_proj", heads * d_head))

@@ -54,6 +54,13 @@ def _forward(walk: Forward, node: Node) -> State:
     a, b = walk.inputs(node)
     shapes = walk.graph.shapes
     over = summed(shapes[node.inputs[0]], shapes[node.inputs[1]], node.shape)
+    for name in node.inputs:
+        if name in walk.graph.parameters and (axes := set(over) & set(atoms(shapes[name]))):
+            raise DeriveError(
+                f"a product sums the parameter {name!r} over {', '.join(sorted(axis.name for axis in axes))}",
+                where=node.where,
+                cure="use Builder.linear (op 'linear'), which knows the bounds of a weight",
+            )
     init, because = walk.contract(node, a.init, b.init, over)
     text = f"{node.inputs[0]} times {node.inputs[1]}" + (f": {because}" if over else "")
     change = product_change(walk, a, b, over)

@@ -12,7 +12,7 @@ from widthwise.derive.exponents import HALF, ZERO, n_to, smallest
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Node, Shape, extent, shape_text
 from widthwise.derive.ops.registry import Op, Piece, always, register
-from widthwise.derive.signal import Signal
+from widthwise.derive.signal import Flip, Signal, Term
 
 if TYPE_CHECKING:
     from widthwise.derive.backward import Backward
@@ -33,12 +33,19 @@ def divisor(node: Node, size: Expr) -> Expr:
     return size + extent(node.attrs["axis"].dims) * HALF if node.op == "l2_norm" else size
 
 
+def _centred(node: Node) -> Flip:
+    """Taking the mean away along an axis makes the entries' signs cancel there, whatever left the mean."""
+    return Flip(f"the mean taken away by {node.output}", frozenset(dim.name for dim in node.attrs["axis"].dims))
+
+
 def _forward(walk: Forward, node: Node) -> State:
     from widthwise.derive.forward import Change, State
 
     (x,) = walk.inputs(node)
     by = -divisor(node, x.init.size)
     init = Signal(x.init.shifted(by).terms, 1.0)
+    if node.op == "layer_norm":
+        init = init.mapped(lambda term: Term(term.size, {**term.odd, _centred(node): 0.0}))
     fact = walk.fact(
         node,
         init,

@@ -61,7 +61,13 @@ def _forward(walk: Forward, node: Node) -> State:
 def _output(name: str, x: Signal, ignore_means: bool) -> tuple[Signal, str]:
     kind = NONLINEARITIES[name]
     full_size = at_most(ZERO, x.size)  # the input is of order one, so the function's shape is felt
-    mean, rms = (1.0, 1.0) if name == "softmax" else moments(name, round(x.rms, 6)) if full_size else (1.0, x.rms)
+    mean, rms = (
+        (1.0, 1.0)
+        if name == "softmax"
+        else moments(name, round(x.rms, 6))
+        if full_size or name == "relu"
+        else (1.0, x.rms)
+    )
     if kind.odd:
         return Signal(x.terms, rms), "{f} is odd: it keeps every sign flip of {x}"
     if kind.offset:

@@ -55,6 +55,19 @@ def _key_axis(walk: Forward | Backward, node: Node) -> tuple[Dim, ...]:
     return atoms(walk.graph.shapes[node.inputs[0]])[-1:]
 
 
+def _state(walk: Forward, node: Node) -> State:
+    """What is written: β v kᵀ, a width-free number of times."""
+    from widthwise.derive.forward import State
+
+    _, k, v = walk.inputs(node)[:3]
+    strength = _gates(walk, node)[1]
+    size = contract(v.init, k.init, (), "symmetry").signal
+    if strength is not None:
+        size = size.shifted(strength.init.size)
+    because = f"a width-free sum over time of {node.inputs[2]} ⊗ {node.inputs[1]}"
+    return State(size, Fact(node.attrs["state"], size.size, because, (v.fact, k.fact)))
+
+
 def _forward(walk: Forward, node: Node) -> State:
     from widthwise.derive.forward import Change, State
 
@@ -66,6 +79,8 @@ def _forward(walk: Forward, node: Node) -> State:
     if strength is not None:
         out = out.shifted(strength.init.size)
     names = node.inputs
+    if node.attrs.get("state"):
+        walk.states[node.attrs["state"]] = _state(walk, node)
     fact = walk.fact(
         node, out, f"a width-free sum over time of ({names[0]}·{names[1]}) {names[2]}; {names[0]}·{names[1]}: {because}"
     )
@@ -108,6 +123,8 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     written = gradient.shifted(strength.init.size) if strength is not None else gradient
     scores, by_keys = walk.product(q, k, keys)
     # ∂L/∂S is ∂L/∂o ⊗ q, so every inner product with the state meets ∂L/∂o with v first
+    if node.attrs.get("state"):
+        walk.gradients[node.attrs["state"]] = contract(gradient, q, (), "symmetry").signal
     lost = summed(node.shape, (), shape_of[names[0]])
     read, by_values = walk.contract(written, v, lost)
     assumed = frozenset((f"forward · backward: {walk.assume.forward_backward}",))

@@ -57,7 +57,8 @@ def _add_forward(walk: Forward, node: Node) -> State:
 
     states = walk.inputs(node)
     init = added(state.init for state in states)
-    changes = tuple(change for state in states for change in state.changes)
+    distinct = {(change.size, change.own): change for state in states for change in state.changes}
+    changes = tuple(distinct.values())
     return State(init, walk.fact(node, init, f"the larger of {' and '.join(node.inputs)}"), changes)
 
 

@@ -248,7 +248,7 @@ def _embedding_backward(walk: Backward, node: Node, gradient: Signal) -> list[Pi
 
 
 def _embedding_effect(walk: Forward, node: Node, step: Step) -> Expr:
-    return walk.multiplier(node, node.inputs[0]) + step.row(extent(atoms(node.shape)))
+    return walk.multiplier(node, node.inputs[0]) + step.entry
 
 
 register(

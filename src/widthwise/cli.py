@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -171,13 +173,13 @@ def _table(
     tied: bool,
     options: tuple[str, ...],
 ) -> RuleTable:
+    from widthwise.derive.errors import DeriveError
     from widthwise.derive.pipeline import derive as derive_rules
 
-    chosen: dict[str, object] = {key: _value(value) for key, value in _pairs(options, "--option").items()}
-    if scaling is not None:
-        chosen["scaling"] = scaling
-    if tied:
-        chosen["tied"] = True
+    chosen = _pairs(options, "--option")
+    for name, value in (("scaling", scaling), ("tied", "on" if tied else None)):
+        if value is not None and chosen.setdefault(name, value) != value:
+            raise DeriveError(f"--{name} and --option {name}={chosen[name]} contradict each other", cure="give one")
     return derive_rules(
         _graph(architecture, chosen),
         optimizer,
@@ -203,68 +205,80 @@ def _pairs(texts: tuple[str, ...], option: str) -> dict[str, str]:
     return pairs
 
 
-def _value(text: str) -> object:
+def _value(text: str, default: object) -> object:
+    """The text of an option as the kind of thing its default is."""
     switches = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-    return switches.get(text.lower(), int(text) if text.isdigit() and text != "1" else text)
+    if isinstance(default, bool):
+        return switches.get(text.lower(), text)
+    if isinstance(default, int):
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+    if isinstance(default, tuple):
+        return tuple(text.split(","))
+    return text
 
 
-def _graph(name: str, options: dict[str, object]) -> Graph:
+def _graph(name: str, options: dict[str, str]) -> Graph:
     from widthwise.derive import Graph, architecture
+    from widthwise.derive.architectures import options as options_of
     from widthwise.derive.errors import DeriveError
 
     if ":" not in name:
-        return architecture(name, **options)
+        known = options_of(name)
+        return architecture(name, **{key: _value(value, known.get(key)) for key, value in options.items()})
     module, _, function = name.partition(":")
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        if callable(found):
+            defaults = {each.name: each.default for each in inspect.signature(found).parameters.values()}
+            found = found(**{key: _value(value, defaults.get(key)) for key, value in options.items()})
+    except DeriveError:
+        raise
+    except Exception as error:  # whatever somebody else's code raises is their mistake to read, not a traceback of ours
         raise DeriveError(
-            f"cannot import {name!r}: {error}", cure="give package.module:function, importable from here"
+            f"{name} could not be built: {type(error).__name__}: {error}",
+            cure="give package.module:function, importable from here, that takes its options as keywords",
         ) from None
-    try:
-        graph = found(**options) if callable(found) else found
-    except TypeError as error:
-        raise DeriveError(
-            f"{name} cannot be called with {options}: {error}", cure="it takes its options as keywords"
-        ) from None
-    if not isinstance(graph, Graph):
-        raise DeriveError(f"{name} gave {type(graph).__name__}, not a Graph", cure="end it with Builder.build()")
-    return graph
+    if not isinstance(found, Graph):
+        raise DeriveError(f"{name} gave {type(found).__name__}, not a Graph", cure="end it with Builder.build()")
+    return found
 
 
 def _emit(table: RuleTable, form: str, output: Path | None, assumptions: bool) -> None:
     from widthwise.derive import render
+    from widthwise.derive.errors import DeriveError
     from widthwise.derive.toml_io import write_toml
 
     if form == "table":
         from rich.console import Console
 
-        with output.open("w", encoding="utf-8") if output else _Stdout() as stream:
-            console = Console(file=stream, width=None if stream.isatty() else 110, highlight=False)
-            for part in render.terminal(table, assumptions=assumptions):
-                console.print(part)
-        return
-    text = {
-        "json": lambda: json.dumps(table.as_dict(), indent=2, ensure_ascii=False) + "\n",
-        "toml": lambda: write_toml(table),
-        "markdown": lambda: render.markdown(table),
-        "latex": lambda: render.latex_table(table),
-    }[form]()
-    if output:
-        output.write_text(text, encoding="utf-8")
+        text = io.StringIO()
+        color = output is None and sys.stdout.isatty()
+        console = Console(file=text, width=None if color else 110, force_terminal=color, highlight=False)
+        for part in render.terminal(table, assumptions=assumptions):
+            console.print(part)
+        written = text.getvalue()
     else:
-        click.echo(text, nl=False)
-
-
-class _Stdout:
-    def __enter__(self) -> Any:
-        return sys.stdout
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout.flush()
+        written = {
+            "json": lambda: json.dumps(table.as_dict(), indent=2, ensure_ascii=False) + "\n",
+            "toml": lambda: write_toml(table),
+            "markdown": lambda: render.markdown(table),
+            "latex": lambda: render.latex_table(table),
+        }[form]()
+    if output is None:
+        click.echo(written, nl=False)
+        return
+    try:
+        output.write_text(written, encoding="utf-8")
+    except OSError as error:
+        raise DeriveError(
+            f"cannot write {output}: {error.strerror}", cure="give a file in a folder that exists"
+        ) from None
 
 
 def main() -> None:
     """Entry point of the ``widthwise`` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without the field's Greek gets escapes, not a crash
+            stream.reconfigure(errors="backslashreplace")
     cli()

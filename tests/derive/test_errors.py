@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 
 import pytest
+from sympy import Float
 
 from widthwise.derive import Builder, DeriveError, Graph, architecture, derive
 from widthwise.derive.graph import Node
@@ -130,3 +131,58 @@ def test_lone_roles_and_tensors_are_looked_up_by_name() -> None:
     for wrong in (lambda: table.rule("hiden"), lambda: table.tensor("zz")):
         with pytest.raises(DeriveError, match="known: "):
             wrong()
+
+
+def two_branches(**attention: str) -> None:
+    g = builder()
+    n, d = g.dim("n", 1), g.dim("d", 1)
+    x = g.norm(g.linear(g.input("x", g.dim("F")), "first", n))
+    for branch in "ab":
+        q, k, v = (g.linear(x, f"{branch}_{each}", d) for each in "qkv")
+        g.attention(q, k, v, **attention)
+
+
+def test_a_multiplier_is_carried_once() -> None:
+    with pytest.raises(DeriveError, match="'attn_scale' is carried twice"):
+        two_branches()
+
+
+def test_a_weight_summed_in_a_product_is_refused() -> None:
+    g = builder()
+    x = g.norm(g.linear(g.input("x", g.dim("F")), "first", g.dim("n", 1)))
+    gate = g.pointwise("sigmoid", g.contract(x, g.parameter("w", g.dim("n", 1), random=True)))
+    g.cross_entropy(g.readout(g.product(x, gate, g.dim("n", 1)), "head", g.dim("V")))
+    with pytest.raises(DeriveError, match="sums the parameter 'w' over n"):
+        derive(g.build())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda g, x: g.op("linear", x),
+        lambda g, x: g.op("reshape", x),
+        lambda g, x: g.add(),
+        lambda g, x: g.linear(g.contract(x, x), "w", g.dim("n", 1)),
+        lambda g, x: g.norm(g.contract(x, x)),
+        lambda g, x: g.norm(x, kind="batch_norm"),
+        lambda g, x: g.pointwise("softmax", x),
+        lambda g, x: g.pointwise("rms_norm", x),
+        lambda g, x: g.dim("m", Float(0.5)),
+        lambda g, x: g.dim("m", None),
+    ],
+)
+def test_misused_ops_are_derive_errors_too(wrong: Callable) -> None:
+    g = builder()
+    with pytest.raises(DeriveError):
+        wrong(g, g.input("x", g.dim("F")))
+
+
+def test_long_sums_do_not_take_exponential_time() -> None:
+    g = builder()
+    x = g.linear(g.input("x", g.dim("F")), "w", g.dim("n", 1))
+    for _ in range(40):
+        x = g.add(x, x)
+    g.cross_entropy(g.readout(g.norm(x), "head", g.dim("V")))
+    assert derive(g.build()).rule("w").lr == 0
+    many = " + ".join(f"s{index}" for index in range(30))
+    derive(architecture("mlp"), fix={"hidden.init_std": many})

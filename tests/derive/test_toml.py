@@ -58,7 +58,7 @@ def test_garbled_files_are_refused_or_equal(position: int, noise: str) -> None:
 
 
 def test_oversized_and_foreign_files() -> None:
-    for text in ("x" * 5_000_000, "a = 1\n", "{}", "[" * 5000):
+    for text in ("x" * 500_000, "a." * 15_000 + "a = 1", "a = " + "1" * 5000, "a = 1\n", "{}", "[" * 5000):
         with pytest.raises(DeriveError):
             read_toml(text)
 
@@ -121,6 +121,7 @@ def test_the_json_contract() -> None:
         "k",
         "v",
         "q_normed",
+        "S",
         "k_normed",
         "z_alpha",
         "z_beta",

@@ -1,0 +1,238 @@
+"""Run a description as it stands: the graph that was derived, with real tensors at a real width.
+
+Small and slow on purpose (a recurrence is a Python loop): it is what predictions of sizes are held against, and
+what generated models can be compared with. Batch and time are leading axes ``[B, T, …]``; attention over an implicit
+time axis is the one composite that cannot be run this way, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widthwise.derive.errors import DeriveError
+from widthwise.derive.graph import Dim, Graph, Node, Shape, atoms
+from widthwise.derive.table import RuleTable
+
+POINTWISE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "exp": torch.exp,
+}
+
+
+@dataclass
+class Execution:
+    """One forward pass: every tensor by name (with gradients after ``loss.backward()``)."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A width, and how many entries each axis has at the base width.
+
+    ``sizes`` names every axis; an axis of exponent p has ``sizes[name] · (width / base)^p`` entries.
+    """
+
+    width: int
+    base: int
+    sizes: Mapping[str, int]
+    eps: float = 0.0
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # at the base width; 1 where not named
+
+    def size(self, dim: Dim) -> int:
+        if dim.name not in self.sizes:
+            raise DeriveError(f"axis {dim.name!r} has no size", cure="give its number of entries at the base width")
+        exact = self.sizes[dim.name] * (self.width / self.base) ** float(dim.exponent)
+        if abs(exact - round(exact)) > 1e-6:
+            raise DeriveError(f"axis {dim.name!r} would have {exact:g} entries", cure="choose widths that divide")
+        return round(exact)
+
+    def shape(self, shape: Shape) -> tuple[int, ...]:
+        return tuple(self.size(dim) for dim in atoms(shape))
+
+
+def draw(graph: Graph, table: RuleTable, setting: Setting, generator: torch.Generator) -> dict[str, Tensor]:
+    """All parameters at this width: base laws at the base width, scaled by each rule's init std.
+
+    Base laws: weights N(0, 1/fan_in) (embeddings, readouts and taps as their definitions say), gains one, decay
+    rates log U(1, 16), time-step biases softplus⁻¹(log-uniform(1e-3, 1e-1)), other vectors zero.
+    """
+    drawn: dict[str, Tensor] = {}
+    for role, parameter in graph.parameters.items():
+        shape = setting.shape(parameter.shape)
+        readers = {node.op for node, _ in graph.consumers(role)}
+        uniform = torch.rand(shape, generator=generator)
+        if parameter.random:
+            carried = any(node.attrs.get("carrier") for node, _ in graph.consumers(role))
+            fan_in = 1 if carried or "embedding" in readers else _base_fan_in(setting, parameter.shape)
+            value = torch.randn(shape, generator=generator) * fan_in**-0.5
+            if "conv1d" in readers:
+                value = (2 * uniform - 1) * shape[-1] ** -0.5
+        elif role == "A_log":
+            value = torch.log(1 + 15 * uniform)
+        elif role == "dt_bias":
+            step = torch.exp(torch.log(torch.tensor(1e-3)) + uniform * torch.log(torch.tensor(100.0)))
+            value = torch.log(torch.expm1(step))
+        else:
+            value = torch.ones(shape) if readers == {"einsum"} else torch.zeros(shape)
+        knob = table.rule(role).init_std
+        assert knob is not None
+        drawn[role] = (value * (setting.width / setting.base) ** float(knob)).requires_grad_()
+    return drawn
+
+
+def _base_fan_in(setting: Setting, shape: Shape) -> int:
+    base = replace(setting, width=setting.base)
+    product = 1
+    for dim in atoms(shape[-1:]):
+        product *= base.size(dim)
+    return product
+
+
+def execute(
+    graph: Graph, table: RuleTable, setting: Setting, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> Execution:
+    """The forward pass. ``inputs``: ``tokens`` and ``targets`` ``[B, T]`` for models with an embedding, or the
+    graph's own inputs ``[B, T, …]`` by name, and ``targets``.
+
+    Raises:
+        DeriveError: for an op that cannot be run.
+    """
+    run = Execution(parameters=dict(parameters))
+    ratio = setting.width / setting.base
+    base = setting.multipliers
+
+    def value(name: str) -> Tensor:
+        return run.tensors[name] if name in run.tensors else parameters[name]
+
+    def multiplier(node: Node, role: str) -> float:
+        carrier = node.attrs.get("carrier") or role
+        rule = next((each for each in table.rules if each.role == carrier), None)
+        knob = None if rule is None else rule.multiplier
+        return base.get(carrier, 1.0) * (1.0 if knob is None else ratio ** float(knob))
+
+    for node in graph.ordered:
+        arguments = [value(name) for name in node.inputs]
+        out = _apply(graph, node, arguments, setting, multiplier, inputs)
+        if out.requires_grad and node.op != "cross_entropy":
+            out.retain_grad()
+        run.tensors[node.output] = out
+    return run
+
+
+def _apply(
+    graph: Graph,
+    node: Node,
+    arguments: list[Tensor],
+    setting: Setting,
+    multiplier: Callable[[Node, str], float],
+    inputs: Mapping[str, Tensor],
+) -> Tensor:
+    shapes = [graph.shapes[name] for name in node.inputs]
+    if node.op == "input":
+        return inputs[node.output]
+    if node.op == "embedding":
+        return arguments[0][inputs["tokens"]] * multiplier(node, node.inputs[0])
+    if node.op == "linear":
+        return _linear(arguments[0], arguments[1], shapes) * multiplier(node, node.inputs[1])
+    if node.op == "conv1d":
+        return _conv(arguments[0], arguments[1]) * multiplier(node, node.inputs[1])
+    if node.op in ("add", "residual"):
+        return sum(arguments[1:], arguments[0])
+    if node.op == "scale":
+        by = node.attrs["factor"] * (setting.width / setting.base) ** float(node.attrs["power"])
+        return arguments[0] * by * (multiplier(node, "") if node.attrs.get("carrier") else 1.0)
+    if node.op == "reshape":
+        return arguments[0]
+    if node.op in POINTWISE:
+        return POINTWISE[node.op](arguments[0])
+    if node.op in ("rms_norm", "layer_norm", "l2_norm"):
+        return _norm(node, arguments[0], setting.eps)
+    if node.op == "einsum":
+        return _einsum(graph, node, arguments)
+    if node.op == "scan":
+        return _scan(graph, node, arguments) * (setting.width / setting.base) ** float(node.attrs["power"])
+    if node.op == "cross_entropy":
+        return F.cross_entropy(arguments[0].flatten(0, 1), inputs["targets"].flatten())
+    raise DeriveError(f"op {node.op!r} cannot be run", where=node.where, cure="run a graph without it")
+
+
+def _linear(x: Tensor, weight: Tensor, shapes: list[Shape]) -> Tensor:
+    contracted = len(atoms(shapes[1][-1:]))
+    return torch.tensordot(
+        x,
+        weight,
+        dims=(list(range(x.dim() - contracted, x.dim())), list(range(weight.dim() - contracted, weight.dim()))),
+    )
+
+
+def _conv(x: Tensor, weight: Tensor) -> Tensor:
+    taps = weight.shape[-1]
+    out = torch.zeros_like(x)
+    for lag in range(taps):
+        shifted = F.pad(x.transpose(1, -1), (lag, 0))[..., : x.shape[1]].transpose(1, -1)
+        out = out + shifted * weight[..., taps - 1 - lag]
+    return out
+
+
+def _norm(node: Node, x: Tensor, eps: float) -> Tensor:
+    axes = tuple(range(-len(node.attrs["axis"].dims), 0))
+    if node.op == "l2_norm":
+        return x * torch.rsqrt(x.square().sum(axes, keepdim=True) + eps)
+    if node.op == "layer_norm":
+        x = x - x.mean(axes, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
+
+
+def _letters(graph: Graph, names: tuple[str, ...], out: Shape) -> tuple[list[str], str]:
+    dims = dict.fromkeys(dim for name in names for dim in atoms(graph.shapes[name]))
+    letter = {dim: chr(ord("a") + index) for index, dim in enumerate(dims)}
+    return ["".join(letter[dim] for dim in atoms(graph.shapes[name])) for name in names], "".join(
+        letter[dim] for dim in atoms(out)
+    )
+
+
+def _einsum(graph: Graph, node: Node, arguments: list[Tensor]) -> Tensor:
+    sides, out = _letters(graph, node.inputs, node.shape)
+    lead = [
+        "" if name in graph.parameters or argument.dim() == len(side) else "yz"
+        for name, argument, side in zip(node.inputs, arguments, sides, strict=True)
+    ]
+    result = "yz" if any(lead) else ""
+    return torch.einsum(f"{lead[0]}{sides[0]},{lead[1]}{sides[1]}->{result}{out}", *arguments)
+
+
+def _scan(graph: Graph, node: Node, arguments: list[Tensor]) -> Tensor:
+    """The recurrence, token by token, for any axes its inputs may lack."""
+    q, k, v, *gates = arguments
+    value_dims, key = atoms(node.shape), atoms(graph.shapes[node.inputs[0]])[-1]
+    letter = {dim: chr(ord("a") + index) for index, dim in enumerate(dict.fromkeys((*value_dims, key)))}
+    state_axes = "".join(letter[dim] for dim in (*value_dims, key))
+    axes = ["".join(letter[dim] for dim in atoms(graph.shapes[name])) for name in node.inputs]
+    decay = (gates.pop(0), axes[3]) if node.attrs["decay"] else None
+    strength = (gates.pop(0), axes[-1]) if node.attrs["strength"] else None
+    state = torch.zeros(v.shape[0], *v.shape[2:], k.shape[-1], dtype=v.dtype)
+    outputs = []
+    for t in range(v.shape[1]):
+        written = v[:, t]
+        if strength is not None and strength[1]:
+            written = torch.einsum(f"y{axes[2]},y{strength[1]}->y{axes[2]}", written, strength[0][:, t])
+        if decay is not None:
+            state = torch.einsum(f"y{state_axes},y{decay[1]}->y{state_axes}", state, decay[0][:, t])
+        if strength is not None and node.attrs["erase"]:
+            held = torch.einsum(f"y{state_axes},y{axes[1]}->y{axes[2]}", state, k[:, t])
+            written = written - torch.einsum(f"y{axes[2]},y{strength[1]}->y{axes[2]}", held, strength[0][:, t])
+        state = state + torch.einsum(f"y{axes[2]},y{axes[1]}->y{state_axes}", written, k[:, t])
+        outputs.append(torch.einsum(f"y{state_axes},y{axes[0]}->y{axes[2]}", state, q[:, t]))
+    return torch.stack(outputs, 1)
