@@ -75,7 +75,8 @@ def largest(sizes: Iterable[Expr]) -> Expr:
 
 def smallest(sizes: Iterable[Expr]) -> Expr:
     """The smallest of some sizes."""
-    return -largest(-size for size in sizes)
+    top = largest(-size for size in sizes)
+    return Min(*(-size for size in top.args)) if isinstance(top, Max) else -top
 
 
 def show(value: Expr) -> str:

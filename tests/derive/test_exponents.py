@@ -79,3 +79,11 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_garbage_never_raises_anything_else(text: str) -> None:
     with suppress(DeriveError):
         parse(text)
+
+
+def test_a_kink_between_the_ends_decides() -> None:
+    """max(h, 1 - h) is 1 at both ends and 1/2 in the middle."""
+    valley = largest([h, 1 - h])
+    assert at_most(Rational(1, 2), valley)
+    assert not at_most(Rational(3, 4), valley)
+    assert show(smallest([h, 1 - h])).startswith("min(")
