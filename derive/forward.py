@@ -56,15 +56,18 @@ def walk_forward(graph: Graph, assume: Assumptions, fixed: Mapping[tuple[str, st
     """Walk until no knob of a weight with several uses breaks a bound at a later use.
 
     A knob is eliminated where its weight is first used; where a later use wants it lower, the walk starts again under
-    that cap. Caps only fall, and each is met exactly, so a weight with k uses takes at most k walks.
+    that cap. Each walk settles at least one more use, so there are at most as many as there are uses; what is still
+    broken then is reported as a finding.
     """
     caps: dict[Symbol, tuple[Expr, Constraint]] = {}
-    while True:
-        walk = Forward(graph, assume, Knobs(fixed, caps)).run()
+    walk = Forward(graph, assume, Knobs(fixed, caps)).run()
+    for _ in range(sum(len(graph.consumers(role)) for role in graph.parameters)):
         lower = walk.knobs.exceeded_later()
         if all(symbol in caps and at_most(caps[symbol][0], bound) for symbol, (bound, _) in lower.items()):
-            return walk
-        caps |= lower
+            break
+        caps = caps | lower
+        walk = Forward(graph, assume, Knobs(fixed, caps)).run()
+    return walk
 
 
 @dataclass
