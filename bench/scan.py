@@ -47,7 +47,11 @@ def widthwise(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tenso
 
 
 def peers() -> dict[str, Implementation]:
-    """Those installed. FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported."""
+    """Those installed. FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported.
+
+    FLA hands calls to FlashQLA and TileLang where those are installed, which must be off to see FLA's own kernels.
+    """
+    os.environ.update(FLA_FLASH_QLA="0", FLA_TILELANG="0")
     found: dict[str, Implementation] = {}
     try:
         import fla.ops.common.chunk_o as guarded

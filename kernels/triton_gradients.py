@@ -111,10 +111,10 @@ def gradients_kernel(
         e = tl.dot(dr_tile, tl.trans(u_tile), e)
     # What a pair i > j adds to dG at i it takes at j, to the last bit: from q . dq - k . Y the rounding would stay.
     share = f * mix
-    q_dq = tl.sum(share, 1)
     k_dk = tl.sum(tl.where(same, share, 0.0), 1)
-    dgates = q_dq - k_dk
     share = tl.where(below, share, 0.0)
+    dgates = tl.sum(share, 1)
+    q_dq = dgates + k_dk
     decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf")))
     tl.store(f_base, (f * decay * scale).to(operand))
     e = tl.where(below, e * -decay, 0.0)

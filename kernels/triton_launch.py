@@ -1,7 +1,12 @@
 """How a launch is laid out: the chunks of the batch, and block sizes chosen from shape and chip, never by trial.
 
 Everything a kernel is compiled for comes from the model (heads, widths, types, memory layout of a token) and the
-chip; B, T and the number of sequences are plain arguments, so a new batch never compiles anything.
+chip; B, T and the number of sequences are plain arguments. They do choose, coarsely, how V is cut in the sequential
+walks: a model whose batches leave multiprocessors idle at one size and not at another meets up to three variants of
+each walk, compiled once each.
+
+Four warps everywhere: with eight, Triton 3.6 lays all of them along the 64 rows of a chunk where dots are chained, which
+is twice the rows there are; not trusted, and no gain. And sixteen-bit walks always have two stages or more: with one, its code reads outside shared memory.
 """
 
 from dataclasses import dataclass
@@ -10,9 +15,6 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-# Four warps everywhere. With eight, Triton 3.6 may lay all of them along the 64 rows of a chunk, of which four warps'
-# wgmma already takes every one, and the other four read past the tile: wrong values, or an illegal access.
-SHARED_MEMORY = 200 * 1024  # of Hopper's 227 KiB; the rest is the compiler's
 
 
 @dataclass(frozen=True)
