@@ -5,8 +5,9 @@ chip; B, T and the number of sequences are plain arguments. They do choose, coar
 walks: a model whose batches leave multiprocessors idle at one size and not at another meets up to three variants of
 each walk, compiled once each.
 
-Four warps everywhere: with eight, Triton 3.6 lays all of them along the 64 rows of a chunk where dots are chained, which
-is twice the rows there are; not trusted, and no gain. And sixteen-bit walks always have two stages or more: with one, its code reads outside shared memory.
+Four warps everywhere: with eight, Triton 3.6 lays all of them along the 64 rows of a chunk where dots are chained,
+which is twice the rows there are. And sixteen-bit walks always have two stages or more: with one, its code reads
+outside shared memory.
 """
 
 from dataclasses import dataclass
