@@ -30,7 +30,8 @@ def main() -> None:
     print("# Sizes at initialization: derived and measured\n")
     print(
         f"`python bench/sizes.py`: widths {WIDTHS}, {SEEDS} seeds, batch 2 × 16 random tokens, one layer, norm eps 0, "
-        f"float32, rms of the entries; slope of log size against log width ± standard error. "
+        f"float32; rms of forward entries, geometric mean of gradients; slope of log size against log width ± standard "
+        f"error. "
         f"torch {torch.__version__}, Python {platform.python_version()}.\n"
     )
     print("Bold: more than 0.15 and two standard errors from the derived exponent.\n")
@@ -52,10 +53,9 @@ def main() -> None:
                 print(f"| `{each.name}` | {show(sizes.forward)} | {cells[0]} | {show(sizes.gradient)} | {cells[1]} |")
             print()
     print(
-        "What is bold: `g` is a product of two log-uniform draws over four heads, and too noisy at these seeds. The "
-        "gradient of `o` is heavy-tailed: the norm behind it divides by the tiny norms of a few tokens, which rms "
-        "weighs and a typical entry does not. Gradients of q and k without SiLU steepen at these widths by up to 0.2; "
-        "the exponents next to the derived one would be off by 0.5."
+        "What is bold: softmax of logits that are Θ(1) at the base width and shrink from there flattens as the width "
+        "grows, which the typical gradient of a logit feels until they are small. (By rms instead of typical size, the "
+        "gradient of `o` would be bold too: the norm behind it divides by the tiny norms of a few tokens.)"
     )
 
 

@@ -18,6 +18,7 @@ from sympy import Expr
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import exponent
 from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Shape, as_group, shape_text
+from widthwise.derive.laws import NORMAL, ONES, TAPS, UNIT_NORMAL, ZEROS, Law
 from widthwise.derive.ops import OPS
 from widthwise.derive.ops.pointwise import NONLINEARITIES
 
@@ -71,9 +72,9 @@ class Builder:
         shape = tuple(map(as_group, axes))
         return self._apply("input", (), name=name, shape=shape)
 
-    def parameter(self, name: str, *axes: Dim | Group, random: bool = False, trainable: bool = True) -> Tensor:
+    def parameter(self, name: str, *axes: Dim | Group, law: Law = ZEROS, trainable: bool = True) -> Tensor:
         """A trainable tensor used entrywise: a gain, a bias, a decay rate."""
-        return self._parameter(name, tuple(map(as_group, axes)), random, trainable, suffix="")
+        return self._parameter(name, tuple(map(as_group, axes)), law, trainable, suffix="")
 
     def repeat(self, prefix: str, count: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``count`` layers of one kind, described and solved once.
@@ -101,7 +102,7 @@ class Builder:
         self, name: str, vocabulary: Dim, out: Dim | Group, *, trainable: bool = True, output: str | None = None
     ) -> Tensor:
         """A row of the table [vocabulary, out] per token."""
-        table = self._parameter(name, (as_group(vocabulary), as_group(out)), trainable=trainable)
+        table = self._parameter(name, (as_group(vocabulary), as_group(out)), UNIT_NORMAL, trainable)
         return self._apply("embedding", (table,), name=output)
 
     def linear(
@@ -127,7 +128,7 @@ class Builder:
             )
         if bias:
             shift = self._parameter(
-                f"{name}_bias", y.shape[-1:], random=False, trainable=trainable, suffix="", pattern=f"{name}.bias"
+                f"{name}_bias", y.shape[-1:], ZEROS, trainable=trainable, suffix="", pattern=f"{name}.bias"
             )
             y = self._apply("add", (y, shift), name=output)
         return y
@@ -150,13 +151,17 @@ class Builder:
         self, x: Tensor, name: str, vocabulary: Dim, *, tied_to: str | None = None, output: str | None = "logits"
     ) -> Tensor:
         """Logits = multiplier · W x. The multiplier is a rule of its own, of role ``name``; W may be a tied table."""
-        weight = self.tied_table(tied_to) if tied_to else self._parameter(name, (as_group(vocabulary), self._last(x)))
+        weight = (
+            self.tied_table(tied_to)
+            if tied_to
+            else self._parameter(name, (as_group(vocabulary), self._last(x)), UNIT_NORMAL)
+        )
         return self._apply("linear", (x, weight), name=output, carrier=name.rsplit(".", 1)[-1])
 
     def conv1d(self, x: Tensor, name: str, taps: Dim, *, output: str | None = None) -> Tensor:
         """Depthwise causal convolution of a few taps; base taps U(±1/√taps), PyTorch's default, whose sum over
         taps has rms 1/√3."""
-        weight = self._parameter(name, (*x.shape, as_group(taps)))
+        weight = self._parameter(name, (*x.shape, as_group(taps)), TAPS)
         return self._apply("conv1d", (x, weight), name=output, gain=3.0**-0.5)
 
     def add(self, *tensors: Tensor, output: str | None = None) -> Tensor:
@@ -219,7 +224,7 @@ class Builder:
         if gain is None:
             return y
         if isinstance(gain, str):
-            gain = self._parameter(gain, x.shape[-1:], random=False)
+            gain = self._parameter(gain, x.shape[-1:], ONES)
         return self._apply("einsum", (y, gain), name=output, shape=x.shape)
 
     def attention(
@@ -304,7 +309,7 @@ class Builder:
         self,
         name: str,
         shape: Shape,
-        random: bool = True,
+        law: Law = NORMAL,
         trainable: bool = True,
         *,
         suffix: str = ".weight",
@@ -320,7 +325,7 @@ class Builder:
         if not role.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
             raise DeriveError(f"{name!r} is not a dotted name", where=_caller(), cure="use letters, digits and _")
         full = f"{self._prefix}{pattern or name + suffix}"
-        self._parameters[role] = Parameter(role, shape, (full,), random, trainable, _caller())
+        self._parameters[role] = Parameter(role, shape, (full,), law, trainable, _caller())
         self._shapes[role] = shape
         return Tensor(role, shape)
 

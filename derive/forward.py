@@ -124,7 +124,7 @@ class Forward:
             self.knobs.fix(INIT, role, ZERO, "gauge: drawn at unit scale, its multiplier carries the width")
         size = self.knobs.unknown(INIT, role, parameter.where)
         odd: dict[Flip, float] = {}
-        if parameter.random:
+        if parameter.law.symmetric:
             odd = {
                 Flip(role, frozenset(dim.name for dim in group.dims), side): 0.0
                 for side, group in enumerate(parameter.shape)
@@ -132,7 +132,7 @@ class Forward:
         fact = Fact(
             f"initial {role}",
             size,
-            "drawn from a sign-symmetric law" if parameter.random else "a fixed or one-sided base value",
+            "drawn from a sign-symmetric law" if parameter.law.symmetric else "a fixed or one-sided base value",
         )
         bare = parameter.trainable and any(
             OPS[node.op].tolerance(slot) != "weight" for node, slot in uses if node.op in OPS

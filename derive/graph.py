@@ -16,6 +16,7 @@ from sympy import Expr
 
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ZERO
+from widthwise.derive.laws import NORMAL, Law
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -79,14 +80,14 @@ def shape_text(shape: Shape) -> str:
 class Parameter:
     """A trainable tensor of one role; ``patterns`` are globs over the names it has in real models.
 
-    ``random`` weights are drawn from a sign-symmetric law; the others (gains, biases, decay rates) have a fixed
-    or one-sided base value.
+    ``law`` is how it is drawn at the base width; weights are symmetric, while gains, biases and decay rates have a
+    fixed or one-sided value.
     """
 
     role: str
     shape: Shape
     patterns: tuple[str, ...] = ()
-    random: bool = True
+    law: Law = NORMAL
     trainable: bool = True
     where: str = ""
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.graph import Dim, Graph, Node, Shape, atoms
+from widthwise.derive.graph import Dim, Graph, Node, Parameter, Shape, atoms
+from widthwise.derive.laws import ONES
 from widthwise.derive.table import RuleTable
 
 POINTWISE: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -63,33 +64,31 @@ class Setting:
 
 
 def draw(graph: Graph, table: RuleTable, setting: Setting, generator: torch.Generator) -> dict[str, Tensor]:
-    """All parameters at this width: base laws at the base width, scaled by each rule's init std.
-
-    Base laws: weights N(0, 1/fan_in) (embeddings, readouts and taps as their definitions say), gains one, decay
-    rates log U(1, 16), time-step biases softplus⁻¹(log-uniform(1e-3, 1e-1)), other vectors zero.
-    """
+    """All parameters at this width: each drawn by its base law, then scaled by its rule's init std."""
     drawn: dict[str, Tensor] = {}
     for role, parameter in graph.parameters.items():
-        shape = setting.shape(parameter.shape)
-        readers = {node.op for node, _ in graph.consumers(role)}
-        uniform = torch.rand(shape, generator=generator)
-        if parameter.random:
-            carried = any(node.attrs.get("carrier") for node, _ in graph.consumers(role))
-            fan_in = 1 if carried or "embedding" in readers else _base_fan_in(setting, parameter.shape)
-            value = torch.randn(shape, generator=generator) * fan_in**-0.5
-            if "conv1d" in readers:
-                value = (2 * uniform - 1) * shape[-1] ** -0.5
-        elif role == "A_log":
-            value = torch.log(1 + 15 * uniform)
-        elif role == "dt_bias":
-            step = torch.exp(torch.log(torch.tensor(1e-3)) + uniform * torch.log(torch.tensor(100.0)))
-            value = torch.log(torch.expm1(step))
-        else:
-            value = torch.ones(shape) if readers == {"einsum"} else torch.zeros(shape)
         knob = table.rule(role).init_std
         assert knob is not None
-        drawn[role] = (value * (setting.width / setting.base) ** float(knob)).requires_grad_()
+        value = _draw_base(parameter, setting, generator) * (setting.width / setting.base) ** float(knob)
+        drawn[role] = value.requires_grad_(parameter.trainable)
     return drawn
+
+
+def _draw_base(parameter: Parameter, setting: Setting, generator: torch.Generator) -> Tensor:
+    shape, law = setting.shape(parameter.shape), parameter.law
+    if law.name in ("ones", "zeros"):
+        return torch.full(shape, float(law == ONES))
+    if law.symmetric and law.name != "taps":
+        std = 1.0 if law.name == "unit_normal" else _base_fan_in(setting, parameter.shape) ** -0.5
+        return torch.randn(shape, generator=generator) * std
+    uniform = torch.rand(shape, generator=generator)
+    if law.name == "taps":
+        return (2 * uniform - 1) * shape[-1] ** -0.5
+    if law.name == "log_uniform":
+        return torch.log(law.low + (law.high - law.low) * uniform)
+    if law.name == "inverse_softplus":
+        return torch.log(torch.expm1(law.low * (law.high / law.low) ** uniform))
+    raise DeriveError(f"no way to draw {law.name!r}", where=parameter.where, cure="add the law to verify/execute.py")
 
 
 def _base_fan_in(setting: Setting, shape: Shape) -> int:

@@ -30,7 +30,11 @@ class Slope:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Slopes of forward sizes (rms of the entries) and of gradients (rms), by tensor name."""
+    """Slopes of forward sizes (rms) and of gradients (geometric mean of the entries), by tensor name.
+
+    The engine speaks of typical sizes. Gradients behind a norm are heavy-tailed, because it divides by the tiny norms
+    of a few tokens: their rms tells of those tokens alone.
+    """
 
     forward: tuple[Slope, ...]
     gradient: tuple[Slope, ...]
@@ -65,9 +69,10 @@ def measure(
                 if tensor.name == "loss" or tensor.name not in run.tensors:
                     continue  # a scan's state is not kept
                 value = run.tensors[tensor.name]
-                _note(forward, tensor.name, seed, value.detach())
+                _note(forward, tensor.name, seed, value.detach().square().mean().sqrt())
                 if value.grad is not None:
-                    _note(gradient, tensor.name, seed, value.grad)
+                    entries = value.grad.abs()
+                    _note(gradient, tensor.name, seed, entries[entries > 0].log().mean().exp())
     widths = [setting.width for setting in settings]
     sizes = {tensor.name: tensor for tensor in table.tensors}
     return Sizes(
@@ -86,7 +91,7 @@ def _note(into: dict[str, list[list[float]]], name: str, seed: int, value: Tenso
     rows = into.setdefault(name, [])
     if len(rows) <= seed:
         rows.append([])
-    rows[seed].append(float(value.square().mean().sqrt()))
+    rows[seed].append(float(value))
 
 
 def _fit(rows: Mapping[str, list[list[float]]], widths: list[int], predicted: Mapping[str, object]) -> Iterator[Slope]:

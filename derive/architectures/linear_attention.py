@@ -8,6 +8,7 @@ from widthwise.derive.architectures.common import head_scaling, language_model
 from widthwise.derive.builder import Builder, Tensor
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.graph import Dim, Graph, Group, as_group
+from widthwise.derive.laws import DECAY_RATE, ONES, TIME_STEP
 
 
 def _qk_power(qk_scale: str, key_dim: Dim) -> object:
@@ -98,10 +99,10 @@ def gated_deltanet(
         beta = g.pointwise("sigmoid", g.linear(h, "attn.b_proj", value_heads, output="z_beta"), output="beta")
         alpha = None
         if decay:
-            rate = g.pointwise("exp", g.parameter("attn.A_log", value_heads))
+            rate = g.pointwise("exp", g.parameter("attn.A_log", value_heads, law=DECAY_RATE))
             z = g.add(
                 g.linear(h, "attn.a_proj", value_heads, output="z_a"),
-                g.parameter("attn.dt_bias", value_heads),
+                g.parameter("attn.dt_bias", value_heads, law=TIME_STEP),
                 output="z_alpha",
             )
             log_alpha = g.scale(g.product(rate, g.pointwise("softplus", z)), factor=-1.0, output="g")
@@ -189,13 +190,15 @@ def mamba2(*, scaling: str = "head-dim-fixed", tied: bool = False, conv: bool = 
         v = g.reshape(part("x", heads * d_head), heads, d_head, output="v")
         k, q = g.reshape(part("B", state), state, output="k"), g.reshape(part("C", state), state, output="q")
         z_dt = g.add(
-            g.linear(h, "mixer.dt_proj", heads, output="z_dt_proj"), g.parameter("mixer.dt_bias", heads), output="z_dt"
+            g.linear(h, "mixer.dt_proj", heads, output="z_dt_proj"),
+            g.parameter("mixer.dt_bias", heads, law=TIME_STEP),
+            output="z_dt",
         )
         dt = g.pointwise("softplus", z_dt, output="dt")
-        rate = g.pointwise("exp", g.parameter("mixer.A_log", heads))
+        rate = g.pointwise("exp", g.parameter("mixer.A_log", heads, law=DECAY_RATE))
         alpha = g.pointwise("exp", g.scale(g.product(rate, dt), factor=-1.0), output="alpha")
         o = g.scan(q, k, v, decay=alpha, strength=dt, erase=False, state="S", output="o")
-        skip = g.product(v, g.parameter("mixer.D", heads), heads, d_head)
+        skip = g.product(v, g.parameter("mixer.D", heads, law=ONES), heads, d_head)
         o = g.reshape(g.add(o, skip), heads * d_head)
         gate = g.pointwise("silu", g.linear(h, "mixer.z_proj", heads * d_head))
         y = g.norm(g.product(o, gate), "mixer.gated_norm", output="o_normed")

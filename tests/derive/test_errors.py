@@ -8,6 +8,7 @@ from sympy import Float
 
 from widthwise.derive import Builder, DeriveError, Graph, architecture, derive
 from widthwise.derive.graph import Node
+from widthwise.derive.laws import NORMAL
 
 
 def builder() -> Builder:
@@ -150,7 +151,7 @@ def test_a_multiplier_is_carried_once() -> None:
 def test_a_weight_summed_in_a_product_is_refused() -> None:
     g = builder()
     x = g.norm(g.linear(g.input("x", g.dim("F")), "first", g.dim("n", 1)))
-    gate = g.pointwise("sigmoid", g.contract(x, g.parameter("w", g.dim("n", 1), random=True)))
+    gate = g.pointwise("sigmoid", g.contract(x, g.parameter("w", g.dim("n", 1), law=NORMAL)))
     g.cross_entropy(g.readout(g.product(x, gate, g.dim("n", 1)), "head", g.dim("V")))
     with pytest.raises(DeriveError, match="sums the parameter 'w' over n"):
         derive(g.build())

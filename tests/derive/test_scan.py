@@ -10,6 +10,7 @@ from widthwise.derive.assume import assumptions
 from widthwise.derive.backward import Backward
 from widthwise.derive.exponents import show
 from widthwise.derive.forward import Forward
+from widthwise.derive.laws import NORMAL
 from widthwise.derive.solve import Knobs
 
 STEPS = 3
@@ -25,7 +26,7 @@ def model(scaling: str, activation: bool, unrolled: bool) -> Graph:
 
     def linear(x: Tensor, name: str, out: object) -> Tensor:
         if name not in weights:
-            weights[name] = g.parameter(name, out, width, random=True)  # type: ignore[arg-type]
+            weights[name] = g.parameter(name, out, width, law=NORMAL)  # type: ignore[arg-type]
         return g.op("linear", x, weights[name])
 
     def act(z: Tensor) -> Tensor:
