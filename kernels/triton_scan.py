@@ -91,8 +91,8 @@ def backward(
     if (operand := _operand(q)) != q.dtype:
         do, q, k, v = (x.to(operand) for x in (do, q, k, v))
         rest = (g, beta, scale, initial_state, cu_seqlens, normalize_qk, saved)
-        dq, dk, dv, *others = backward(do, dfinal_state, q, k, v, *rest)
-        return dq.to(torch.bfloat16), dk.to(torch.bfloat16), dv.to(torch.bfloat16), *others
+        dq, dk, dv, dg, dbeta, dinitial = backward(do, dfinal_state, q, k, v, *rest)
+        return dq.to(torch.bfloat16), dk.to(torch.bfloat16), dv.to(torch.bfloat16), dg, dbeta, dinitial
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
     batch = launch.lay_out(q, cu_seqlens)
