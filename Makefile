@@ -24,7 +24,7 @@ test: lint
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p widthwise.derive -p widthwise.codegen -m widthwise.cli
+	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
 
 goldens: $(VENV)/dev

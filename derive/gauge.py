@@ -80,7 +80,7 @@ def absorbed(walk: Backward, law: Law, rules: Sequence[Derived], gauge: str) -> 
             by_role[role] = _into_eps(rule, norm, theta)
             continue
         owner = _owner(walk, rule.node, role)
-        if owner is None:
+        if owner is None or by_role[owner].update is None:
             by_role[role] = _stays(rule)
         elif owner == role:
             by_role[role] = moved(rule, law, -theta)

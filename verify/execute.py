@@ -54,7 +54,7 @@ class Setting:
     def size(self, dim: Dim) -> int:
         if dim.name not in self.sizes:
             raise DeriveError(f"axis {dim.name!r} has no size", cure="give its number of entries at the base width")
-        exact = self.sizes[dim.name] * (self.width / self.base) ** float(dim.exponent)
+        exact: float = self.sizes[dim.name] * (self.width / self.base) ** float(dim.exponent)
         if abs(exact - round(exact)) > 1e-6:
             raise DeriveError(f"axis {dim.name!r} would have {exact:g} entries", cure="choose widths that divide")
         return round(exact)
@@ -83,7 +83,7 @@ def _draw_base(parameter: Parameter, setting: Setting, generator: torch.Generato
         return torch.randn(shape, generator=generator) * std
     uniform = torch.rand(shape, generator=generator)
     if law.name == "taps":
-        return (2 * uniform - 1) * shape[-1] ** -0.5
+        return (2 * uniform - 1).mul(float(shape[-1]) ** -0.5)
     if law.name == "log_uniform":
         return torch.log(law.low + (law.high - law.low) * uniform)
     if law.name == "inverse_softplus":
@@ -150,7 +150,7 @@ def _apply(
     if node.op in ("add", "residual"):
         return sum(arguments[1:], arguments[0])
     if node.op == "scale":
-        by = node.attrs["factor"] * (setting.width / setting.base) ** float(node.attrs["power"])
+        by: float = node.attrs["factor"] * (setting.width / setting.base) ** float(node.attrs["power"])
         return arguments[0] * by * (multiplier(node, "") if node.attrs.get("carrier") else 1.0)
     if node.op == "reshape":
         return arguments[0]
@@ -161,7 +161,7 @@ def _apply(
     if node.op == "einsum":
         return _einsum(graph, node, arguments)
     if node.op == "scan":
-        return _scan(graph, node, arguments) * (setting.width / setting.base) ** float(node.attrs["power"])
+        return _scan(graph, node, arguments).mul((setting.width / setting.base) ** float(node.attrs["power"]))
     if node.op == "cross_entropy":
         return F.cross_entropy(arguments[0].flatten(0, 1), inputs["targets"].flatten())
     raise DeriveError(f"op {node.op!r} cannot be run", where=node.where, cure="run a graph without it")
@@ -169,11 +169,9 @@ def _apply(
 
 def _linear(x: Tensor, weight: Tensor, shapes: list[Shape]) -> Tensor:
     contracted = len(atoms(shapes[1][-1:]))
-    return torch.tensordot(
-        x,
-        weight,
-        dims=(list(range(x.dim() - contracted, x.dim())), list(range(weight.dim() - contracted, weight.dim()))),
-    )
+    last = [list(range(each.dim() - contracted, each.dim())) for each in (x, weight)]
+    y: Tensor = torch.tensordot(x, weight, dims=(last[0], last[1]))
+    return y
 
 
 def _conv(x: Tensor, weight: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def _forward(walk: Forward, node: Node) -> State:
 
     (x,) = walk.inputs(node)
     source = node.inputs[0]
-    init, because = _output(node.op, x.init, walk.assume.nonlinear_mean == "ignored")
+    init, because = _output(node.op, x.init)
     fact = walk.fact(node, init, because.format(f=node.op, x=source))
     changes: tuple[Change, ...] = ()
     if x.change is not None:
@@ -58,7 +58,7 @@ def _forward(walk: Forward, node: Node) -> State:
     return State(init, fact, changes)
 
 
-def _output(name: str, x: Signal, ignore_means: bool) -> tuple[Signal, str]:
+def _output(name: str, x: Signal) -> tuple[Signal, str]:
     kind = NONLINEARITIES[name]
     full_size = at_most(ZERO, x.size)  # the input is of order one, so the function's shape is felt
     mean, rms = (
@@ -73,8 +73,6 @@ def _output(name: str, x: Signal, ignore_means: bool) -> tuple[Signal, str]:
     if kind.offset:
         odd = _common(x, mean) if full_size and mean < 1.0 else {}
         return Signal((Term(ZERO, odd),), rms), "{f}({x}) is Θ(1), and not odd: it has a mean"
-    if ignore_means:
-        return Signal(x.terms, rms), "{f}({x}) is as large as {x}; its mean is ignored (assumed)"
     if not full_size and kind.linear_at_zero:
         return Signal(x.terms, rms), "{f} is linear near zero, where {x} lies"
     return (

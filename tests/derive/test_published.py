@@ -36,7 +36,7 @@ def test_liu_gu_finds_what_the_hand_derivation_skipped() -> None:
         (finding.kind, finding.where)
         for finding in derive(architecture("gated_deltanet", tied=True), "sgd", preset="liu-gu-2026").findings
     }
-    assert {("operator-norm", "a_proj"), ("operator-norm", "b_proj")} <= found
+    assert {("operator-norm", "a_proj"), ("operator-norm", "b_proj"), ("nonlinear-coherence", "o")} <= found
 
 
 # Tensor Programs V, arXiv:2203.03466, Table 8: (init std, multiplier, SGD lr, Adam lr)

@@ -103,6 +103,18 @@ def test_frozen_parameters_have_an_init_and_no_step(gauge: str) -> None:
         assert rule.init_std == Rational(-1, 2)
 
 
+def test_a_frozen_weight_absorbs_nothing() -> None:
+    g = Builder("frozen query")
+    n, d = g.dim("n", 1), g.dim("d", 1)
+    x = g.norm(g.linear(g.input("f", g.dim("F")), "first", n))
+    q = g.linear(x, "q", d, trainable=False)
+    o = g.attention(q, g.linear(x, "k", d), g.linear(x, "v", d))
+    g.cross_entropy(g.readout(g.norm(g.linear(o, "out", n)), "head", g.dim("V")))
+    table = derive(g.build(), gauge="absorbed")
+    assert table.rule("attn_scale").as_dict()["multiplier"] == "-1"
+    assert "kept" in table.rule("attn_scale").binding
+
+
 def absorbed_sizes_match(graph: Graph, optimizer: str, **request: str) -> None:
     """Pin every init and multiplier of the absorbed table: no bound breaks, and the logits keep their size."""
     absorbed = derive(graph, optimizer, gauge="absorbed", **request)
