@@ -5,11 +5,12 @@ from the chunk's start, e = exp(G), D_ij = exp(G_i - G_j) for i >= j (else 0), a
 
     A = beta * strictly_lower(K K^T * D)        what token i recalls of the writes of the tokens j before it
     U = (I + A)^-1 beta (V - e K S)             the writes themselves (the WY form: Yang et al. 2024, arXiv:2412.06464)
-    O = e Q S + (Q K^T * D) U                   with scale folded into Q
+    O = scale (e Q S + (Q K^T * D) U)
     S' = e_C S + (D_C K)^T U                    D_C is D's last row
 
 With W = (I + A)^-1 beta e K known, U - and so S' - is affine in S; that recurrence alone runs chunk by chunk, and
-everything else is batched over chunks, heads and sequences.
+everything else is batched over chunks, heads and sequences. Q lies on top of K (``qk``), and dO on top of the gradient
+of beta (V - e K S), so that products and passes that both need are done once, twice as tall.
 Gradients that run through g only ever sum what they should and never take differences of prefix sums, so they keep
 their relative accuracy however small the gates are.
 """
@@ -54,9 +55,16 @@ class Layout:
     tokens: Tensor  # [M, C] index into the B*T tokens; 0 in padding
     padding: Tensor | None  # [M, C] bool, True in the rows past the end of a sequence; None if there are none
     places: Tensor  # [B*T] index of the token's row among the M*C
+    grid: tuple[int, int] | None = (
+        None  # (depth, B) if every sequence has that many whole chunks: then no index is needed
+    )
 
     @staticmethod
     def of(batch: int, time: int, cu_seqlens: Tensor | None, device: torch.device) -> "Layout":
+        if cu_seqlens is None and time % CHUNK == 0:
+            depth, none = time // CHUNK, torch.empty(0, dtype=torch.int64, device=device)
+            steps = list(pairwise(range(0, depth * batch + 1, batch)))
+            return Layout(torch.arange(batch, device=device), steps, none, None, none, (depth, batch))
         if cu_seqlens is None:
             bounds = torch.arange(0, batch * time + 1, time, device=device)
         else:
@@ -77,26 +85,44 @@ class Layout:
         steps = list(pairwise(ends))
         return Layout(order, steps, tokens, None if bool(valid.all()) else ~valid, places)
 
-    def gather(self, x: Tensor, value_heads: int) -> Tensor:
-        """[B, T, h, ...] -> [M*HV, C, ...]: a head is repeated for the value heads it serves, padding is 0."""
-        heads = x.shape[2]
-        served = torch.arange(value_heads, device=x.device) // (value_heads // heads)
-        rows = self.tokens[:, None, :] * heads + served[:, None]  # [M, HV, C]
-        chunks = x.reshape(-1, *x.shape[3:]).index_select(0, rows.flatten()).view(*rows.shape, *x.shape[3:])
+    @property
+    def chunks(self) -> int:
+        return self.steps[-1][1]
+
+    def gather(self, x: Tensor, value_heads: int, into: Tensor) -> Tensor:
+        """[B, T, h, ...] -> ``into`` [M*HV, C, ...]: a head is repeated for the value heads it serves, padding is 0."""
+        heads, rest = x.shape[2], x.shape[3:]
+        groups = value_heads // heads
+        if self.grid is not None:
+            depth, batch = self.grid
+            rows = x.unflatten(1, (depth, CHUNK)).permute(1, 0, 3, 2, *range(4, x.dim() + 1)).unsqueeze(3)
+            into.unflatten(0, (depth, batch, heads, groups)).copy_(rows)
+            return into
+        served = torch.arange(value_heads, device=x.device) // groups
+        index = self.tokens[:, None, :] * heads + served[:, None]  # [M, HV, C]
+        into.copy_(x.reshape(-1, *rest).index_select(0, index.flatten()).view(-1, CHUNK, *rest))
         if self.padding is not None:
-            chunks.masked_fill_(self.padding.view(rows.shape[0], 1, CHUNK, *[1] * (x.dim() - 3)), 0)
-        return chunks.flatten(0, 1)
+            into.masked_fill_(self.padding.repeat_interleave(value_heads, 0).view(-1, CHUNK, *[1] * len(rest)), 0)
+        return into
 
     def scatter(self, chunks: Tensor, like: Tensor) -> Tensor:
-        """[M*HV, C, ...] -> the shape of ``like``, [B, T, h, ...]: summed over the value heads that a head serves."""
+        """[M*HV, C, ...] -> the shape and dtype of ``like``, [B, T, h, ...]: summed over the value heads that a head
+        serves."""
         batch, time, heads = like.shape[:3]
-        value_heads = chunks.shape[0] // self.tokens.shape[0]
+        value_heads = chunks.shape[0] // self.chunks
+        shape = (batch, time, heads, value_heads // heads, *like.shape[3:])
+        if self.grid is not None:
+            x = chunks.unflatten(0, (*self.grid, heads, shape[3])).permute(1, 0, 4, 2, 3, *range(5, chunks.dim() + 3))
+            if heads < value_heads:
+                x = x.sum(4, keepdim=True)
+            scattered = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            scattered.view(x.shape).copy_(x)
+            return scattered
         places = self.places[:, None]
         head = torch.arange(value_heads, device=chunks.device)
         rows = (places // CHUNK * value_heads + head) * CHUNK + places % CHUNK  # [B*T, HV]
-        x = chunks.flatten(0, 1).index_select(0, rows.flatten())
-        x = x.view(batch, time, heads, value_heads // heads, *like.shape[3:])
-        return x.squeeze(3) if heads == value_heads else x.sum(3)
+        x = chunks.reshape(-1, *chunks.shape[2:]).index_select(0, rows.flatten()).view(shape)
+        return (x.squeeze(3) if heads == value_heads else x.sum(3)).to(like.dtype)
 
     def states(self, given: Tensor | None, like: Tensor, heads: int, key_dim: int, value_dim: int) -> Tensor:
         """[N, HV, K, V], or zeros, -> [N*HV, K, V] in the order of the recurrence; always a fresh tensor."""
@@ -112,15 +138,14 @@ class Layout:
 class Chunks(NamedTuple):
     """Z = M*HV chunks. All of it is kept for the backward pass: on a CPU memory is cheaper than computing again."""
 
-    q: Tensor  # [Z, C, K], carrying the scale
-    k: Tensor  # [Z, C, K]
+    qk: Tensor  # [Z, 2C, K]    Q on top of K
+    norms: Tensor  # [Z, 2C, 1] what qk was multiplied by to be normalized
     v: Tensor  # [Z, C, V]
     beta: Tensor  # [Z, C, 1]
     decay: Tensor  # [Z, C, C]  D
     into: Tensor  # [Z, C, 1]   e: from the chunk's start through token i
     out: Tensor  # [Z, C, 1]    D_C: from after token i to the chunk's end
-    recall: Tensor  # [Z, C, C] strictly_lower(K K^T * D): A without beta
-    read: Tensor  # [Z, C, C]   Q K^T * D
+    pairs: Tensor  # [Z, 2C, C] Q K^T * D on top of strictly_lower(K K^T * D), which is A without beta
     inverse: Tensor  # [Z, C, C] (I + A)^-1
     w: Tensor  # [Z, C, K]      (I + A)^-1 beta e K
     k_out: Tensor  # [Z, C, K]  D_C K
@@ -129,44 +154,47 @@ class Chunks(NamedTuple):
 
     @staticmethod
     def shapes(K: int, V: int) -> list[tuple[int, int]]:
-        C = CHUNK
-        return [(C, K), (C, K), (C, V), (C, 1), (C, C), *[(C, 1)] * 2, *[(C, C)] * 3, *[(C, K)] * 2, (C, V), (K, V)]
+        C, one = CHUNK, (CHUNK, 1)
+        tall = [(2 * C, K), (2 * C, 1)]
+        return [*tall, (C, V), one, (C, C), one, one, (2 * C, C), (C, C), (C, K), (C, K), (C, V), (K, V)]
 
 
-def inverse_norms(x: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.vecdot(x, x)
-    return squares.add_(L2_EPS).rsqrt_().unsqueeze(-1)
+def into_chunks(layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, normalize_qk: bool) -> Chunks:
+    """Everything that can be computed without the states (``entering`` is left uninitialized)."""
+    dtype, heads, K, V, C = state_dtype(q.dtype), v.shape[2], q.shape[-1], v.shape[-1], CHUNK
+    Z = layout.chunks * heads
+
+    def gather(x: Tensor, *rest: int) -> Tensor:
+        return layout.gather(x, heads, q.new_empty(Z, C, *rest, dtype=dtype))
+
+    qk = q.new_empty(Z, 2 * C, K, dtype=dtype)
+    layout.gather(q, heads, qk[:, :C])
+    k = layout.gather(k, heads, qk[:, C:])
+    norms = qk.new_ones(Z, 2 * C, 1)
+    if normalize_qk:
+        torch.linalg.vecdot(qk, qk, out=norms.squeeze(-1))
+        qk.mul_(norms.add_(L2_EPS).rsqrt_())
+    v, beta = gather(v, V), gather(beta).unsqueeze(-1)
+    # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
+    gates = layout.gather(g, heads, q.new_empty(Z, C, dtype=torch.float64)).clamp_(min=LOWEST_GATE)
+    total = gates.cumsum(-1).unsqueeze(-1)
+    # Above the diagonal are non-negative exponents, which must not be exponentiated (nor be -inf: that exp is slow).
+    decay = (total - total.mT).to(dtype).clamp_(max=0).exp_().tril_()
+    into, out = total.to(dtype).exp(), (total[:, -1:] - total).to(dtype).exp()
+    pairs = qk @ k.mT
+    pairs.unflatten(1, (2, C)).mul_(decay.unsqueeze(1))
+    recall = without_diagonal(pairs[:, C:])
+    identity = torch.eye(C, dtype=dtype, device=q.device).expand(Z, C, C)
+    inverse = torch.linalg.solve_triangular(recall * beta, identity, upper=False, unitriangular=True).contiguous()
+    w = inverse @ (k * (beta * into))
+    u = inverse @ (v * beta)
+    return Chunks(qk, norms, v, beta, decay, into, out, pairs, inverse, w, k * out, u, qk.new_empty(Z, K, V))
 
 
 def without_diagonal(x: Tensor) -> Tensor:
     """``x`` [..., C, C] with its diagonal set to 0, in place."""
     x.diagonal(dim1=-2, dim2=-1).zero_()
     return x
-
-
-def into_chunks(
-    layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, normalize_qk: bool
-) -> Chunks:
-    """Everything that can be computed without the states (``entering`` is left uninitialized)."""
-    dtype, heads = state_dtype(q.dtype), v.shape[2]
-    q, k = q.to(dtype), k.to(dtype)
-    q = q * (inverse_norms(q) * scale if normalize_qk else scale)
-    k = k * inverse_norms(k) if normalize_qk else k
-    q, k, v, beta = (layout.gather(x.to(dtype), heads) for x in (q, k, v, beta))
-    beta = beta.unsqueeze(-1)
-    # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
-    total = layout.gather(g.to(torch.float64).clamp(min=LOWEST_GATE), heads).cumsum(-1).unsqueeze(-1)
-    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    decay = (total - total.mT).to(dtype).masked_fill_(upper, -torch.inf).exp_()
-    into, out = total.to(dtype).exp(), (total[:, -1:] - total).to(dtype).exp()
-    recall = without_diagonal((k @ k.mT).mul_(decay))
-    read = (q @ k.mT).mul_(decay)
-    identity = torch.eye(CHUNK, dtype=dtype, device=q.device).expand_as(recall)
-    inverse = torch.linalg.solve_triangular(recall * beta, identity, upper=False, unitriangular=True).contiguous()
-    w = inverse @ (k * (beta * into))
-    u = inverse @ (v * beta)
-    entering = q.new_empty(q.shape[0], q.shape[-1], v.shape[-1])
-    return Chunks(q, k, v, beta, decay, into, out, recall, read, inverse, w, k * out, u, entering)
 
 
 def pad_to(x: Tensor, rows: int) -> Tensor:
@@ -187,16 +215,20 @@ def forward(
     """See :meth:`widthwise.kernels.op.Backend.forward`. Saved are the fields of :class:`Chunks`."""
     (batch, time), heads = q.shape[:2], v.shape[2]
     layout = Layout.of(batch, time, cu_seqlens, q.device)
-    c = into_chunks(layout, q, k, v, g, beta, scale, normalize_qk)
-    state = layout.states(initial_state, c.q, heads, q.shape[-1], v.shape[-1])
-    for start, end in layout.steps:
-        now, active = slice(start * heads, end * heads), slice((end - start) * heads)
-        c.entering[now] = state[active]
-        c.u[now].baddbmm_(c.w[now], state[active], alpha=-1)
-        state[active].mul_(c.into[now, -1:]).baddbmm_(c.k_out[now].mT, c.u[now])
-    o = torch.bmm(c.read, c.u).baddbmm_(c.q * c.into, c.entering)
+    c = into_chunks(layout, q, k, v, g, beta, normalize_qk)
+    state = layout.states(initial_state, c.u, heads, q.shape[-1], v.shape[-1])
+    # Views for every step are made by one call each: in this loop, calls cost as much as arithmetic.
+    sizes = [(end - start) * heads for start, end in layout.steps]
+    parts = (x.split(sizes) for x in (c.entering, c.w, c.u, c.into[:, -1:], c.k_out.mT))
+    for size, (entering, w, u, decay, k_out) in zip(sizes, zip(*parts, strict=True), strict=True):
+        active = state[:size]
+        entering.copy_(active)
+        u.baddbmm_(w, entering, alpha=-1)
+        active.mul_(decay).baddbmm_(k_out, u)
+    o = torch.bmm(c.pairs[:, :CHUNK], c.u)
+    o.baddbmm_(c.qk[:, :CHUNK] * c.into, c.entering, beta=scale, alpha=scale)
     bound = chunk_bound(q, cu_seqlens) * heads
-    return layout.scatter(o, v).to(q.dtype), layout.unsort(state), tuple(pad_to(x, bound) for x in c)
+    return layout.scatter(o, v), layout.unsort(state), tuple(pad_to(x, bound) for x in c)
 
 
 def saved_like(
@@ -232,49 +264,52 @@ def backward(
     """See :meth:`widthwise.kernels.op.Backend.backward`. ``dx`` is the gradient with respect to ``x`` throughout."""
     (batch, time), heads = q.shape[:2], v.shape[2]
     layout = Layout.of(batch, time, cu_seqlens, q.device)
-    c = Chunks(*(x[: layout.tokens.shape[0] * heads] for x in saved))
-    do = layout.gather(do.to(c.q.dtype), heads)
+    c = Chunks(*(x[: layout.chunks * heads] for x in saved))
+    queries, keys = c.qk.split(CHUNK, 1)
+    do_dwrite = c.u.new_empty(c.u.shape[0], 2 * CHUNK, c.u.shape[-1])
+    top, dwrite = do_dwrite.split(CHUNK, 1)
+    do = layout.gather(do, heads, top).mul_(scale)
 
     # The recurrence backward: dU = (what O asks of U) + D_C K dS', dS = (what O asks of S) + e_C dS' - W^T dU.
-    du = c.read.mT @ do
-    asked = torch.bmm((c.q * c.into).mT, do)
-    dstate = layout.states(dfinal_state, c.q, heads, q.shape[-1], v.shape[-1])
+    du = c.pairs[:, :CHUNK].mT @ do
+    asked = torch.bmm((queries * c.into).mT, do)
+    dstate = layout.states(dfinal_state, c.u, heads, q.shape[-1], v.shape[-1])
     dleaving = torch.empty_like(asked)
-    for start, end in reversed(layout.steps):
-        now, active = slice(start * heads, end * heads), slice((end - start) * heads)
-        dleaving[now] = dstate[active]
-        du[now].baddbmm_(c.k_out[now], dstate[active])
-        dstate[active].mul_(c.into[now, -1:]).add_(asked[now]).baddbmm_(c.w[now].mT, du[now], alpha=-1)
+    sizes = [(end - start) * heads for start, end in layout.steps]
+    parts = (x.split(sizes)[::-1] for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:]))
+    for size, (leaving, du_now, asked_now, k_out, w, decay) in zip(sizes[::-1], zip(*parts, strict=True), strict=True):
+        active = dstate[:size]
+        leaving.copy_(active)
+        du_now.baddbmm_(k_out, leaving)
+        torch.addcmul(asked_now, leaving, decay, out=active).baddbmm_(w, du_now, alpha=-1)
 
-    # The writes: U = (I + A)^-1 beta Y with Y = V - e K S.
-    y = torch.baddbmm(c.v, c.k * c.into, c.entering, alpha=-1)
-    dwrite = c.inverse.mT @ du  # of beta Y
-    drecall = torch.bmm(dwrite, c.u.mT).neg_()
-    dbeta = y.mul_(dwrite).sum(-1)
-    dv = dwrite.mul_(c.beta)
-
-    # Within the chunk. No gate touches the diagonals, so gradients through the decays leave them out.
-    pairs = drecall * c.recall
-    dbeta += pairs.sum(-1)
-    dread = do @ c.u.mT
-    pairs.mul_(c.beta).addcmul_(dread, c.read)
-    dread.mul_(c.decay)
-    drecall = without_diagonal(drecall.mul_(c.decay).mul_(c.beta))
-    dq = torch.bmm(do, c.entering.mT).mul_(c.into)
-    dk_in = torch.bmm(dv, c.entering.mT).mul_(-c.into)
+    # The writes, U = (I + A)^-1 beta (V - e K S), with dwrite of beta (V - e K S).
+    dwrite.copy_(c.inverse.mT @ du)
+    # Within the chunk: of Q K^T on top of what is, times -beta, that of K K^T. No gate touches the diagonals, so
+    # gradients through the decays leave them out.
+    cross = do_dwrite @ c.u.mT
+    pairs, recalled = (cross * c.pairs).split(CHUNK, 1)
+    cross.unflatten(1, (2, CHUNK)).mul_(c.decay.unsqueeze(1))
+    without_diagonal(cross[:, CHUNK:].mul_(-c.beta))
+    # Likewise through the entering state: of Q on top of what is, times beta, that of K.
+    dqk = torch.bmm(do_dwrite, c.entering.mT).mul_(torch.cat([c.into, -c.into], 1))
+    asking, asked_k = torch.linalg.vecdot(c.qk, dqk).split(CHUNK, 1)
+    dk = dqk[:, CHUNK:].mul_(c.beta)
     dk_out = torch.bmm(c.u, dleaving.mT).mul_(c.out)
-    left = torch.linalg.vecdot(c.k, dk_out)
-    entered = torch.linalg.vecdot(c.k, dk_in) + torch.linalg.vecdot(c.q, dq)
-    passed = torch.linalg.vecdot(c.entering.flatten(1), dleaving.flatten(1))[:, None] * c.into[:, -1]
-    dg = gate_gradient(without_diagonal(pairs), entered, left, passed)
-    dq.baddbmm_(dread, c.k)
-    dk = dk_in.add_(dk_out).baddbmm_(dread.mT, c.q).baddbmm_(drecall + drecall.mT, c.k)
+    left = torch.linalg.vecdot(keys, dk_out)
 
-    dq, dk = layout.scatter(dq, q).mul_(scale), layout.scatter(dk, k)
-    if normalize_qk:
-        dq, dk = norm_gradient(q, dq), norm_gradient(k, dk)
-    dv, dg, dbeta = layout.scatter(dv, v), layout.scatter(dg, g), layout.scatter(dbeta, beta)
-    dq, dk, dv, dg, dbeta = (d.to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v), (dg, g), (dbeta, beta)))
+    weight = c.beta.squeeze(-1)
+    dbeta = torch.linalg.vecdot(c.v, dwrite).add_(asked_k).sub_(recalled.sum(-1))
+    passed = torch.linalg.vecdot(c.entering.flatten(1), dleaving.flatten(1))[:, None] * c.into[:, -1]
+    crossing = without_diagonal(pairs.addcmul_(recalled, c.beta, value=-1))
+    dg = gate_gradient(crossing, asking + asked_k * weight, left, passed)
+    dqk.baddbmm_(cross, keys)
+    dk.add_(dk_out.baddbmm_(cross.mT, c.qk))
+    if normalize_qk:  # y = x r, r = (sum x^2 + eps)^(-1/2) has the gradient r (dy - y (y . dy))
+        along = torch.linalg.vecdot(c.qk, dqk).unsqueeze(-1)
+        dqk.addcmul_(c.qk, along, value=-1).mul_(c.norms)
+    chunks = (dqk[:, :CHUNK], dk, dwrite.mul_(c.beta), dg, dbeta)
+    dq, dk, dv, dg, dbeta = (layout.scatter(d, x) for d, x in zip(chunks, (q, k, v, g, beta), strict=True))
     return dq, dk, dv, dg, dbeta, None if initial_state is None else layout.unsort(dstate)
 
 
@@ -285,11 +320,3 @@ def gate_gradient(pairs: Tensor, entered: Tensor, left: Tensor, passed: Tensor) 
     before = torch.ones_like(pairs[0]).triu(1)  # [j, t]: j < t
     crossing = (pairs @ before).mul_(before.mT + torch.eye(CHUNK, dtype=pairs.dtype, device=pairs.device)).sum(-2)
     return crossing + entered.flip(-1).cumsum(-1).flip(-1) + left @ before + passed
-
-
-def norm_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient through y = x r, r = (sum x^2 + eps)^(-1/2): r dy - r^3 x (x . dy). Overwrites dy."""
-    x = x.to(dy.dtype)
-    r = inverse_norms(x)
-    along = torch.linalg.vecdot(x, dy).unsqueeze(-1).mul_(r**3)
-    return dy.mul_(r).addcmul_(x, along, value=-1)
