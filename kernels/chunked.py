@@ -25,6 +25,7 @@ from torch import Tensor
 from widthwise.kernels.reference import L2_EPS
 
 CHUNK = 32
+LEAF = 16  # triangular systems up to this size are solved directly
 # exp(-1e4) is 0 in every dtype, so nothing is lost, and -inf becomes a number that can be subtracted.
 LOWEST_GATE = -1e4
 
@@ -184,11 +185,31 @@ def into_chunks(layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta
     pairs = qk @ k.mT
     pairs.unflatten(1, (2, C)).mul_(decay.unsqueeze(1))
     recall = without_diagonal(pairs[:, C:])
-    identity = torch.eye(C, dtype=dtype, device=q.device).expand(Z, C, C)
-    inverse = torch.linalg.solve_triangular(recall * beta, identity, upper=False, unitriangular=True).contiguous()
+    inverse = unit_inverse(recall * beta)
     w = inverse @ (k * (beta * into))
     u = inverse @ (v * beta)
     return Chunks(qk, norms, v, beta, decay, into, out, pairs, inverse, w, k * out, u, qk.new_empty(Z, K, V))
+
+
+def unit_inverse(a: Tensor) -> Tensor:
+    """(I + a)^-1 for strictly lower ``a`` [Z, n, n]: by halves, whose inverses and products are faster than one solve.
+
+    It is as stable as forward substitution; a product of (I + a^(2^j)) is not, whose powers grow like binomials."""
+    n = a.shape[-1]
+    if n <= LEAF:
+        identity = torch.eye(n, dtype=a.dtype, device=a.device).expand_as(a)
+        return torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
+    h = n // 2
+    first, last = unit_inverse(torch.stack([a[:, :h, :h], a[:, h:, h:]]).flatten(0, 1)).chunk(2)
+    inverse = torch.zeros_like(a)
+    inverse[:, :h, :h], inverse[:, h:, h:] = first, last
+    inverse[:, h:, :h] = (last @ a[:, h:, :h] @ first).neg_()
+    return inverse
+
+
+def row_dots(x: Tensor, y: Tensor, spent: Tensor) -> Tensor:
+    """The products of the rows of x and y. Overwrites ``spent``: fresh memory costs more here than arithmetic."""
+    return torch.mul(x, y, out=spent).sum(-1)
 
 
 def without_diagonal(x: Tensor) -> Tensor:
@@ -293,20 +314,21 @@ def backward(
     without_diagonal(cross[:, CHUNK:].mul_(-c.beta))
     # Likewise through the entering state: of Q on top of what is, times beta, that of K.
     dqk = torch.bmm(do_dwrite, c.entering.mT).mul_(torch.cat([c.into, -c.into], 1))
-    asking, asked_k = torch.linalg.vecdot(c.qk, dqk).split(CHUNK, 1)
+    spent = torch.empty_like(dqk)
+    asking, asked_k = row_dots(c.qk, dqk, spent).split(CHUNK, 1)
     dk = dqk[:, CHUNK:].mul_(c.beta)
     dk_out = torch.bmm(c.u, dleaving.mT).mul_(c.out)
-    left = torch.linalg.vecdot(keys, dk_out)
+    left = row_dots(keys, dk_out, spent[:, :CHUNK])
 
     weight = c.beta.squeeze(-1)
-    dbeta = torch.linalg.vecdot(c.v, dwrite).add_(asked_k).sub_(recalled.sum(-1))
-    passed = torch.linalg.vecdot(c.entering.flatten(1), dleaving.flatten(1))[:, None] * c.into[:, -1]
+    dbeta = row_dots(c.v, dwrite, du).add_(asked_k).sub_(recalled.sum(-1))
+    passed = row_dots(c.entering, dleaving, asked).sum(-1, keepdim=True) * c.into[:, -1]
     crossing = without_diagonal(pairs.addcmul_(recalled, c.beta, value=-1))
     dg = gate_gradient(crossing, asking + asked_k * weight, left, passed)
     dqk.baddbmm_(cross, keys)
     dk.add_(dk_out.baddbmm_(cross.mT, c.qk))
     if normalize_qk:  # y = x r, r = (sum x^2 + eps)^(-1/2) has the gradient r (dy - y (y . dy))
-        along = torch.linalg.vecdot(c.qk, dqk).unsqueeze(-1)
+        along = row_dots(c.qk, dqk, spent).unsqueeze(-1)
         dqk.addcmul_(c.qk, along, value=-1).mul_(c.norms)
     chunks = (dqk[:, :CHUNK], dk, dwrite.mul_(c.beta), dg, dbeta)
     dq, dk, dv, dg, dbeta = (layout.scatter(d, x) for d, x in zip(chunks, (q, k, v, g, beta), strict=True))
