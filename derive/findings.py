@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from widthwise.derive.backward import Backward
 from widthwise.derive.exponents import HALF, ZERO, at_most, n_to
@@ -14,6 +14,7 @@ from widthwise.derive.ops.pointwise import NONLINEARITIES
 from widthwise.derive.ops.structure import factor
 from widthwise.derive.ops.weights import operator_norm
 from widthwise.derive.table import Finding, Rule
+from widthwise.derive.update import Update
 
 
 def sinking_norms(walk: Forward) -> Iterator[Finding]:
@@ -129,6 +130,21 @@ def broken_bounds(walk: Forward) -> Iterator[Finding]:
         )
 
 
+def wrong_steps(updates: Mapping[str, Update]) -> Iterator[Finding]:
+    """A learning rate fixed by hand may move what it feeds by more than is tolerated, or by less and less."""
+    for role, update in updates.items():
+        if update.excess != ZERO:
+            too = "grows" if at_most(ZERO, update.excess) else "vanishes" if at_most(update.excess, ZERO) else "drifts"
+            yield Finding(
+                "step-size",
+                role,
+                update.excess,
+                f"with lr {n_to(update.lr)} the own step of {role} {too} as {n_to(update.excess)} relative to what it "
+                "may move",
+                f"lr {n_to(update.lr - update.excess)}",
+            )
+
+
 def drifting_gradients(walk: Backward) -> Iterator[Finding]:
     """A gradient that grows from layer to layer has no one rule for all layers of a repeated block."""
     for before, after in walk.graph.carries:
@@ -160,12 +176,12 @@ def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Fin
                 )
 
 
-def collect(walk: Backward) -> tuple[Finding, ...]:
+def collect(walk: Backward, updates: Mapping[str, Update]) -> tuple[Finding, ...]:
     """All findings of one derivation, in the order of the criteria, each once."""
     found: dict[tuple[str, str], Finding] = {}
     for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, broken_bounds):
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
-    for finding in drifting_gradients(walk):
+    for finding in (*wrong_steps(updates), *drifting_gradients(walk)):
         found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from sympy import Expr
 
 from widthwise.derive.backward import Backward
-from widthwise.derive.exponents import ZERO, n_to, show, smallest
+from widthwise.derive.exponents import ZERO, largest, n_to, show, smallest
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Parameter, atoms, extent
-from widthwise.derive.ops.registry import OPS, lookup
+from widthwise.derive.ops.registry import lookup
 from widthwise.derive.optimizers import Law, Step, Weight, decay_exponent
 from widthwise.derive.solve import STEP
 
@@ -29,6 +29,11 @@ class Update:
     weight: Weight
     effects: tuple[Fact, ...]  # (size of what the step moves at lr exponent 0) for each use, for audits
     bounds: tuple[Expr, ...]
+
+    @property
+    def excess(self) -> Expr:
+        """How far the step goes beyond what is tolerated, at the use that feels it most: zero unless lr was fixed."""
+        return largest(self.lr + effect.value - bound for effect, bound in zip(self.effects, self.bounds, strict=True))
 
 
 def weight_of(walk: Backward, parameter: Parameter) -> Weight:
@@ -98,7 +103,7 @@ def _uses(walk: Backward, role: str, step: Step) -> list[tuple[Fact, Fact]]:
     bare = False
     for node, slot in walk.graph.consumers(role):
         op = lookup(node)
-        if OPS[node.op].tolerance(slot) != "weight":
+        if op.tolerance(slot) != "weight":
             bare = True
             continue
         assert op.effect is not None

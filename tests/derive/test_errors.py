@@ -127,6 +127,15 @@ def test_fixed_knobs_that_break_a_bound_are_findings_not_silence() -> None:
     assert str(finding.exponent) == "1/2"
 
 
+@pytest.mark.parametrize(("lr", "excess", "says"), [("0", "1", "grows"), ("-2", "-1", "vanishes"), ("-1", None, "")])
+def test_a_fixed_learning_rate_is_judged(lr: str, excess: str | None, says: str) -> None:
+    found = [
+        each for each in derive(architecture("mlp"), "adam", fix={"hidden.lr": lr}).findings if each.kind == "step-size"
+    ]
+    assert [str(each.exponent) for each in found] == ([excess] if excess else [])
+    assert all(says in each.message and each.cure == "lr n^-1" for each in found)
+
+
 def test_lone_roles_and_tensors_are_looked_up_by_name() -> None:
     table = derive(architecture("mlp"))
     for wrong in (lambda: table.rule("hiden"), lambda: table.tensor("zz")):
