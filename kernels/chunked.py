@@ -57,7 +57,7 @@ class Layout:
     padding: Tensor | None  # [M, C] bool, True in the rows past the end of a sequence; None if there are none
     places: Tensor  # [B*T] index of the token's row among the M*C
     grid: tuple[int, int] | None = (
-        None  # (depth, B) if every sequence has that many whole chunks: then no index is needed
+        None  # (depth, B) where all sequences are whole chunks; tokens, places are then empty
     )
 
     @staticmethod
@@ -96,8 +96,8 @@ class Layout:
         groups = value_heads // heads
         if self.grid is not None:
             depth, batch = self.grid
-            rows = x.unflatten(1, (depth, CHUNK)).permute(1, 0, 3, 2, *range(4, x.dim() + 1)).unsqueeze(3)
-            into.unflatten(0, (depth, batch, heads, groups)).copy_(rows)
+            rows = torch.unflatten(x, 1, (depth, CHUNK)).permute(1, 0, 3, 2, *range(4, x.dim() + 1)).unsqueeze(3)
+            torch.unflatten(into, 0, (depth, batch, heads, groups)).copy_(rows)
             return into
         served = torch.arange(value_heads, device=x.device) // groups
         index = self.tokens[:, None, :] * heads + served[:, None]  # [M, HV, C]
@@ -113,7 +113,9 @@ class Layout:
         value_heads = chunks.shape[0] // self.chunks
         shape = (batch, time, heads, value_heads // heads, *like.shape[3:])
         if self.grid is not None:
-            x = chunks.unflatten(0, (*self.grid, heads, shape[3])).permute(1, 0, 4, 2, 3, *range(5, chunks.dim() + 3))
+            x = torch.unflatten(chunks, 0, (*self.grid, heads, shape[3])).permute(
+                1, 0, 4, 2, 3, *range(5, chunks.dim() + 3)
+            )
             if heads < value_heads:
                 x = x.sum(4, keepdim=True)
             scattered = torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -183,7 +185,7 @@ def into_chunks(layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta
     decay = (total - total.mT).to(dtype).clamp_(max=0).exp_().tril_()
     into, out = total.to(dtype).exp(), (total[:, -1:] - total).to(dtype).exp()
     pairs = qk @ k.mT
-    pairs.unflatten(1, (2, C)).mul_(decay.unsqueeze(1))
+    torch.unflatten(pairs, 1, (2, C)).mul_(decay.unsqueeze(1))
     recall = without_diagonal(pairs[:, C:])
     inverse = unit_inverse(recall * beta)
     w = inverse @ (k * (beta * into))
@@ -209,7 +211,8 @@ def unit_inverse(a: Tensor) -> Tensor:
 
 def row_dots(x: Tensor, y: Tensor, spent: Tensor) -> Tensor:
     """The products of the rows of x and y. Overwrites ``spent``: fresh memory costs more here than arithmetic."""
-    return torch.mul(x, y, out=spent).sum(-1)
+    dots: Tensor = torch.mul(x, y, out=spent).sum(-1)
+    return dots
 
 
 def without_diagonal(x: Tensor) -> Tensor:
@@ -240,7 +243,7 @@ def forward(
     state = layout.states(initial_state, c.u, heads, q.shape[-1], v.shape[-1])
     # Views for every step are made by one call each: in this loop, calls cost as much as arithmetic.
     sizes = [(end - start) * heads for start, end in layout.steps]
-    parts = (x.split(sizes) for x in (c.entering, c.w, c.u, c.into[:, -1:], c.k_out.mT))
+    parts = (torch.split(x, sizes) for x in (c.entering, c.w, c.u, c.into[:, -1:], c.k_out.mT))
     for size, (entering, w, u, decay, k_out) in zip(sizes, zip(*parts, strict=True), strict=True):
         active = state[:size]
         entering.copy_(active)
@@ -286,9 +289,9 @@ def backward(
     (batch, time), heads = q.shape[:2], v.shape[2]
     layout = Layout.of(batch, time, cu_seqlens, q.device)
     c = Chunks(*(x[: layout.chunks * heads] for x in saved))
-    queries, keys = c.qk.split(CHUNK, 1)
+    queries, keys = torch.split(c.qk, CHUNK, 1)
     do_dwrite = c.u.new_empty(c.u.shape[0], 2 * CHUNK, c.u.shape[-1])
-    top, dwrite = do_dwrite.split(CHUNK, 1)
+    top, dwrite = torch.split(do_dwrite, CHUNK, 1)
     do = layout.gather(do, heads, top).mul_(scale)
 
     # The recurrence backward: dU = (what O asks of U) + D_C K dS', dS = (what O asks of S) + e_C dS' - W^T dU.
@@ -297,7 +300,7 @@ def backward(
     dstate = layout.states(dfinal_state, c.u, heads, q.shape[-1], v.shape[-1])
     dleaving = torch.empty_like(asked)
     sizes = [(end - start) * heads for start, end in layout.steps]
-    parts = (x.split(sizes)[::-1] for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:]))
+    parts = (torch.split(x, sizes)[::-1] for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:]))
     for size, (leaving, du_now, asked_now, k_out, w, decay) in zip(sizes[::-1], zip(*parts, strict=True), strict=True):
         active = dstate[:size]
         leaving.copy_(active)
@@ -309,13 +312,13 @@ def backward(
     # Within the chunk: of Q K^T on top of what is, times -beta, that of K K^T. No gate touches the diagonals, so
     # gradients through the decays leave them out.
     cross = do_dwrite @ c.u.mT
-    pairs, recalled = (cross * c.pairs).split(CHUNK, 1)
-    cross.unflatten(1, (2, CHUNK)).mul_(c.decay.unsqueeze(1))
+    pairs, recalled = torch.split(cross * c.pairs, CHUNK, 1)
+    torch.unflatten(cross, 1, (2, CHUNK)).mul_(c.decay.unsqueeze(1))
     without_diagonal(cross[:, CHUNK:].mul_(-c.beta))
     # Likewise through the entering state: of Q on top of what is, times beta, that of K.
     dqk = torch.bmm(do_dwrite, c.entering.mT).mul_(torch.cat([c.into, -c.into], 1))
     spent = torch.empty_like(dqk)
-    asking, asked_k = row_dots(c.qk, dqk, spent).split(CHUNK, 1)
+    asking, asked_k = torch.split(row_dots(c.qk, dqk, spent), CHUNK, 1)
     dk = dqk[:, CHUNK:].mul_(c.beta)
     dk_out = torch.bmm(c.u, dleaving.mT).mul_(c.out)
     left = row_dots(keys, dk_out, spent[:, :CHUNK])
