@@ -200,7 +200,8 @@ def unit_inverse(a: Tensor) -> Tensor:
     n = a.shape[-1]
     if n <= LEAF:
         identity = torch.eye(n, dtype=a.dtype, device=a.device).expand_as(a)
-        return torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
+        leaf: Tensor = torch.linalg.solve_triangular(a, identity, upper=False, unitriangular=True)
+        return leaf
     h = n // 2
     first, last = unit_inverse(torch.stack([a[:, :h, :h], a[:, h:, h:]]).flatten(0, 1)).chunk(2)
     inverse = torch.zeros_like(a)
