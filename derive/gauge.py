@@ -16,7 +16,7 @@ from widthwise.derive.errors import unknown_name
 from widthwise.derive.exponents import ZERO, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Node
-from widthwise.derive.optimizers import Law, Weight, decay_exponent
+from widthwise.derive.optimizers import Law, Weight
 from widthwise.derive.rules import Derived
 
 GAUGES = ("multiplier", "absorbed")
@@ -34,7 +34,7 @@ def moved(rule: Derived, law: Law, theta: Expr) -> Derived:
         rule.update,
         lr=lr,
         weight=after,
-        weight_decay=decay_exponent(law, after, lr),
+        weight_decay=law.decay.exponent(after, lr),
         eps=law.eps(after),
     )
     gauge = Fact(

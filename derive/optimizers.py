@@ -38,17 +38,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Decay:
+    """The exponent of weight decay from a parameter's sizes and learning rate, and why."""
+
+    exponent: Callable[[Weight, Expr], Expr]
+    because: str
+
+
+@dataclass(frozen=True)
 class Law:
     """How one optimizer steps, and what its weight decay and eps are added to.
 
     Attributes:
         step: the step as a function of the parameter's sizes.
-        decay: ``coupled`` adds wd·w to the gradient, ``decoupled`` multiplies the weight by 1 − lr·wd.
+        decay: what weight decay has to keep, which depends on where the optimizer adds it.
         eps: the size of what eps is added to, as a function of the same sizes; None where there is no eps.
     """
 
     step: Callable[[Weight], Step]
-    decay: str
+    decay: Decay
     eps: Callable[[Weight], Expr | None]
     summary: str
 
@@ -83,15 +91,20 @@ def _no_eps(weight: Weight) -> Expr | None:
     return None
 
 
+# Decoupled decay multiplies the weight by 1 − lr·wd, and so does SGD's, whose step is the gradient it is added to.
+SHRINKS = Decay(lambda weight, lr: -lr, "each step shrinks the weight by a width-independent factor: lr·wd is constant")
+# Where the step forgets the gradient's scale, decay added to the gradient can only keep its share of it.
+SHARES = Decay(lambda weight, lr: weight.gradient - weight.entry, "wd·w keeps in proportion to the gradient it joins")
+
 OPTIMIZERS: Mapping[str, Law] = {
-    "sgd": Law(_gradient, "coupled", _no_eps, "step = gradient; momentum changes no exponent"),
-    "adam": Law(_sign, "coupled", _gradient_size, "entries Θ(1); weight decay added to the gradient"),
-    "adamw": Law(_sign, "decoupled", _gradient_size, "entries Θ(1); decoupled weight decay"),
-    "lion": Law(_sign, "decoupled", _no_eps, "entries ±1; decoupled weight decay"),
+    "sgd": Law(_gradient, SHRINKS, _no_eps, "step = gradient; momentum changes no exponent"),
+    "adam": Law(_sign, SHARES, _gradient_size, "entries Θ(1); weight decay added to the gradient"),
+    "adamw": Law(_sign, SHRINKS, _gradient_size, "entries Θ(1); decoupled weight decay"),
+    "lion": Law(_sign, SHRINKS, _no_eps, "entries ±1; decoupled weight decay"),
     "muon": Law(
-        _orthogonal, "decoupled", _gradient_size_of_vectors, "matrices orthogonalized, everything else as under AdamW"
+        _orthogonal, SHRINKS, _gradient_size_of_vectors, "matrices orthogonalized, everything else as under AdamW"
     ),
-    "adafactor": Law(_relative, "decoupled", _no_eps, "entries relative to the weight's rms"),
+    "adafactor": Law(_relative, SHRINKS, _no_eps, "entries relative to the weight's rms"),
 }
 
 
@@ -104,14 +117,3 @@ def optimizer(name: str) -> Law:
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, list(OPTIMIZERS))
     return OPTIMIZERS[name]
-
-
-def decay_exponent(law: Law, weight: Weight, lr: Expr) -> Expr:
-    """Weight decay that shrinks the weight by a width-independent factor per step.
-
-    Decoupled, and coupled where the step is the gradient itself: lr·wd is constant. Coupled where the step forgets
-    the gradient's scale: wd·w must stay in proportion to the gradient.
-    """
-    if law.decay == "decoupled" or law.step is _gradient:
-        return -lr
-    return weight.gradient - weight.entry

@@ -31,7 +31,7 @@ PARAMETRIZATIONS: Mapping[str, Convention] = {
 
 
 def fixed_knobs(graph: Graph, parametrization: str | None, by_hand: Mapping[str, str | int | Expr] | None) -> Fixed:
-    """All knobs a request fixes, by (knob, role) for init and multiplier and (role, "lr") for learning rates.
+    """All knobs a request fixes, by (knob, role).
 
     Raises:
         DeriveError: for names that do not exist.
@@ -52,8 +52,7 @@ def fixed_knobs(graph: Graph, parametrization: str | None, by_hand: Mapping[str,
             raise DeriveError(f"{role} has no {knob} to fix", cure=f"it has a multiplier: {role}.{MULTIPLIER}")
         if knob == MULTIPLIER and role not in carriers and not _is_weight(graph, role):
             raise DeriveError(f"{role} has no {knob} to fix", cure="only weights and scale ops have multipliers")
-        key = (role, LR) if knob == LR else (knob, role)
-        fixed[key] = exponent(value)
+        fixed[knob, role] = exponent(value)
     return fixed
 
 

@@ -42,13 +42,13 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
         parameter = walk.graph.parameters.get(role)
         carrying = carriers.get(role)
         if parameter is not None:
-            derived.append(_of_parameter(walk, parameter, updates.get(role), carrying))
+            derived.append(_of_parameter(walk, law, parameter, updates.get(role), carrying))
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)
 
 
-def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, node: Node | None) -> Derived:
+def _of_parameter(walk: Backward, law: Law, parameter: Parameter, update: Update | None, node: Node | None) -> Derived:
     role = parameter.role
     knobs = walk.knobs
     facts = [knobs.bindings[knobs.symbol(INIT, role)]]
@@ -57,7 +57,7 @@ def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, n
         multiplier = knobs.values[knobs.symbol(MULTIPLIER, role)]
         facts.append(knobs.bindings[knobs.symbol(MULTIPLIER, role)])
     binding = tuple(facts) if update is None else (*facts, update.binding)
-    proof = binding if update is None else (*binding, *_followers(walk, role, update))
+    proof = binding if update is None else (*binding, *_followers(walk, law, role, update))
     return Derived(
         Rule(
             role,
@@ -77,12 +77,12 @@ def _of_parameter(walk: Backward, parameter: Parameter, update: Update | None, n
     )
 
 
-def _followers(walk: Backward, role: str, update: Update) -> tuple[Fact, ...]:
+def _followers(walk: Backward, law: Law, role: str, update: Update) -> tuple[Fact, ...]:
     """The facts that weight decay and eps follow from."""
     decay = Fact(
         f"weight_decay of {role}",
         update.weight_decay,
-        "each step shrinks the weight by a width-independent factor",
+        law.decay.because,
         (update.binding,),
     )
     if update.eps is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sympy import Expr
 
-from widthwise.derive.errors import unknown_name
+from widthwise.derive.errors import DeriveError, unknown_name
 from widthwise.derive.exponents import HALF, ZERO, at_most, largest, n_to, show
 from widthwise.derive.facts import Fact, ancestry
 from widthwise.derive.graph import atoms, extent
@@ -56,8 +56,13 @@ class Rule:
         Raises:
             DeriveError: when an exponent is symbolic.
         """
-        ratio = width / base_width
-        return {knob: ratio ** float(value) for knob in KNOBS if (value := getattr(self, knob)) is not None}
+        exponents = {knob: value for knob in KNOBS if (value := getattr(self, knob)) is not None}
+        for knob, value in exponents.items():
+            if value.free_symbols:
+                raise DeriveError(
+                    f"{knob} of {self.role} is {n_to(value)}", cure="derive one scaling, not the mixed one"
+                )
+        return {knob: (width / base_width) ** float(value) for knob, value in exponents.items()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from widthwise.derive.exponents import ZERO, largest, n_to, show, smallest
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Parameter, atoms, extent
 from widthwise.derive.ops.registry import lookup
-from widthwise.derive.optimizers import Law, Step, Weight, decay_exponent
+from widthwise.derive.optimizers import Law, Step, Weight
 from widthwise.derive.solve import STEP
 
 LR = "lr"
@@ -58,7 +58,7 @@ def solve_updates(walk: Backward, law: Law, fixed: Mapping[tuple[str, str], Expr
     updates: dict[str, Update] = {}
     for role, parameter in walk.graph.parameters.items():
         if parameter.trainable:
-            updates[role] = _solve_one(walk, parameter, law, fixed.get((role, LR)))
+            updates[role] = _solve_one(walk, parameter, law, fixed.get((LR, role)))
     return updates
 
 
@@ -86,7 +86,7 @@ def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | No
     eps = law.eps(weight)
     return Update(
         lr,
-        decay_exponent(law, weight, lr),
+        law.decay.exponent(weight, lr),
         eps,
         binding,
         weight,

@@ -82,7 +82,8 @@ def _forward(walk: Forward, node: Node) -> State:
             ),
         )
     )
-    return State(init, walk.fact(node, init, text), changes)
+    assumed = f"activation · activation at init: {walk.assume.activations}" if over else ""
+    return State(init, walk.fact(node, init, text, assumed), changes)
 
 
 def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:

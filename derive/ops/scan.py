@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import largest
+from widthwise.derive.exponents import HALF, ZERO, at_most, largest, n_to
 from widthwise.derive.facts import Fact
-from widthwise.derive.graph import Dim, Node, Shape, atoms, shape_text
+from widthwise.derive.graph import Dim, Node, Shape, atoms, extent, shape_text
 from widthwise.derive.ops.einsum import product_change, summed
 from widthwise.derive.ops.registry import Op, Piece, always, register
 from widthwise.derive.signal import Signal, contract
@@ -68,11 +68,25 @@ def _state(walk: Forward, node: Node) -> State:
     return State(size, Fact(node.attrs["state"], size.size, because, (v.fact, k.fact)))
 
 
+def _check_keys(walk: Forward, node: Node, k: State, strength: State | None) -> None:
+    """Erasing along a key is a contraction only while β‖k‖² stays Θ(1)."""
+    if strength is None or not node.attrs["erase"]:
+        return
+    length = k.init.size + extent(_key_axis(walk, node)) * HALF
+    if not at_most(strength.init.size + 2 * length, ZERO):
+        raise DeriveError(
+            f"the scan erases along keys {node.inputs[1]!r} of length {n_to(length)}: its state diverges",
+            where=node.where,
+            cure="normalize the keys (g.norm(k, kind='l2_norm')), or write without erasing (erase=False)",
+        )
+
+
 def _forward(walk: Forward, node: Node) -> State:
     from widthwise.derive.forward import Change, State
 
     q, k, v = walk.inputs(node)[:3]
     _, strength = _gates(walk, node)
+    _check_keys(walk, node, k, strength)
     over = _key_axis(walk, node)
     scores, because = walk.contract(node, q.init, k.init, over)
     out = contract(scores, v.init, (), "symmetry").signal.shifted(node.attrs["power"])
@@ -82,7 +96,10 @@ def _forward(walk: Forward, node: Node) -> State:
     if node.attrs.get("state"):
         walk.states[node.attrs["state"]] = _state(walk, node)
     fact = walk.fact(
-        node, out, f"a width-free sum over time of ({names[0]}·{names[1]}) {names[2]}; {names[0]}·{names[1]}: {because}"
+        node,
+        out,
+        f"a width-free sum over time of ({names[0]}·{names[1]}) {names[2]}; {names[0]}·{names[1]}: {because}",
+        f"activation · activation at init: {walk.assume.activations}",
     )
     score = product_change(walk, q, k, over)
     sizes = [] if score is None else [score + v.trained]

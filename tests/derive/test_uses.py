@@ -3,7 +3,7 @@
 import pytest
 from sympy import Rational
 
-from widthwise.derive import Builder, Graph, RuleTable, architecture, derive
+from widthwise.derive import Builder, DeriveError, Graph, RuleTable, architecture, derive
 from widthwise.derive.exponents import show
 
 
@@ -192,3 +192,29 @@ def test_a_multiplier_read_by_more_than_a_norm_is_not_absorbed_into_its_eps() ->
 
     assert table(False).rule("boost").norm_eps is not None
     assert table(True).rule("boost").norm_eps is None
+
+
+def test_erasing_along_long_keys_is_refused() -> None:
+    def model(normalized: bool, erase: bool) -> Graph:
+        g = Builder("keys")
+        n, d = g.dim("n", 1), g.dim("d", 1)
+        x = g.norm(g.linear(g.input("f", g.dim("F")), "first", n))
+        q, k, v = (g.linear(x, each, d) for each in ("q", "k", "v"))
+        if normalized:
+            k = g.norm(k, kind="l2_norm")
+        one = g.dim("one")
+        beta = g.contract(g.pointwise("sigmoid", g.linear(x, "b", one)), g.input("unit", one))
+        o = g.norm(g.scan(q, k, v, strength=beta, erase=erase))
+        g.cross_entropy(g.readout(g.norm(g.linear(o, "out", n)), "head", g.dim("V")))
+        return g.build()
+
+    with pytest.raises(DeriveError, match="length n\\^1/2: its state diverges"):
+        derive(model(normalized=False, erase=True))
+    derive(model(normalized=True, erase=True))
+    derive(model(normalized=False, erase=False))
+
+
+def test_factors_need_numbers() -> None:
+    with pytest.raises(DeriveError, match="derive one scaling"):
+        derive(architecture("gated_deltanet", scaling="mixed")).rule("a_proj").factors(512, 256)
+    assert derive(architecture("mlp"), "adam").rule("hidden").factors(512, 256)["lr"] == 0.5
