@@ -15,9 +15,9 @@ from widthwise.verify.sizes import measure
 WIDTHS = [64, 128, 256, 512]
 SIZES = {"d_model": 64, "vocab": 16, "taps": 4, "ffn": 128, "G": 2}
 HEADS = {"heads-fixed": {"H": 4, "d_k": 8, "d_v": 16}, "head-dim-fixed": {"H": 4, "d_k": 16, "d_v": 16}}
-# At the base width: logits Θ(1), and gates near their bias as in practice. (A gate input of Θ(1) that vanishes with the
-# width goes through an exponential, which is no power law before it is small.)
-BASE = {"lm_head": WIDTHS[0] ** -0.5, "a_proj": 0.1}
+# At the base width, gates near their bias as in practice. (A gate input of Θ(1) that vanishes with the width goes
+# through an exponential, which is no power law before it is small.)
+BASE = {"a_proj": 0.1}
 SEEDS = 24
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from sympy import Expr
 
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import exponent
-from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Shape, as_group, shape_text
+from widthwise.derive.exponents import HALF, exponent
+from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Shape, as_group, atoms, extent, shape_text
 from widthwise.derive.laws import NORMAL, ONES, TAPS, UNIT_NORMAL, ZEROS, Law
 from widthwise.derive.ops import OPS
 from widthwise.derive.ops.pointwise import NONLINEARITIES
@@ -44,8 +44,8 @@ def _caller() -> str:
 class Builder:
     """Collects nodes and parameters; :meth:`build` returns the finished :class:`Graph`."""
 
-    def __init__(self, name: str, **options: object) -> None:
-        self._name = name
+    def __init__(self, name: str, *, title: str = "", **options: object) -> None:
+        self._name, self._title = name, title
         self._options = {
             key: ("on" if value else "off") if isinstance(value, bool) else str(value) for key, value in options.items()
         }
@@ -150,13 +150,16 @@ class Builder:
     def readout(
         self, x: Tensor, name: str, vocabulary: Dim, *, tied_to: str | None = None, output: str | None = "logits"
     ) -> Tensor:
-        """Logits = multiplier · W x. The multiplier is a rule of its own, of role ``name``; W may be a tied table."""
-        weight = (
-            self.tied_table(tied_to)
-            if tied_to
-            else self._parameter(name, (as_group(vocabulary), self._last(x)), UNIT_NORMAL)
-        )
-        return self._apply("linear", (x, weight), name=output, carrier=name.rsplit(".", 1)[-1])
+        """Logits = multiplier · W x. The multiplier is a rule of its own, of role ``name``; W may be a tied table.
+
+        At the base width logits are Θ(1): W is drawn so, or, where it is a table of unit entries, the multiplier's base
+        value is fan_in^(-1/2) (``base="fan_in"``).
+        """
+        role = name.rsplit(".", 1)[-1]
+        if tied_to:
+            return self._apply("linear", (x, self.tied_table(tied_to)), name=output, carrier=role, base="fan_in")
+        weight = self._parameter(name, (as_group(vocabulary), self._last(x)))
+        return self._apply("linear", (x, weight), name=output, carrier=role)
 
     def conv1d(self, x: Tensor, name: str, taps: Dim, *, output: str | None = None) -> Tensor:
         """Depthwise causal convolution of a few taps; base taps U(±1/√taps), PyTorch's default, whose sum over
@@ -255,11 +258,13 @@ class Builder:
         strength: Tensor | None = None,
         erase: bool = True,
         power: int | str | Expr = 0,
+        key_scale: bool = False,
         state: str | None = None,
         output: str | None = None,
     ) -> Tensor:
         """The gated delta rule and its kin (see ops/scan.py): o = n^power · S q, S decayed and written over time;
-        with ``erase``, a write first takes out what the state holds for its key (which moves no exponent). ``state``
+        with ``erase``, a write first takes out what the state holds for its key (which moves no exponent). With
+        ``key_scale``, o is also divided by the square root of the key axis, as FLA and Qwen3-Next have it. ``state``
         names the state for tables."""
         gates = tuple(gate for gate in (decay, strength) if gate is not None)
         if state is not None:
@@ -269,7 +274,8 @@ class Builder:
             "scan",
             (q, k, v, *gates),
             name=output,
-            power=exponent(power),
+            power=exponent(power) - (extent(atoms(k.shape[-1:])) * HALF if key_scale else 0),
+            key_scale=key_scale,
             decay=decay is not None,
             strength=strength is not None,
             erase=erase,
@@ -298,6 +304,7 @@ class Builder:
             tuple(self._named),
             MappingProxyType(self._options),
             tuple(self._carries),
+            self._title,
         )
         if not any(node.op == "cross_entropy" for node in graph.ordered):
             raise DeriveError(f"architecture {self._name!r} has no loss", cure="end it with Builder.cross_entropy")

@@ -107,7 +107,7 @@ class Node:
 @dataclass(frozen=True)
 class Graph:
     """A whole architecture. ``named`` are the tensors the author named, which is what tables list; ``carries`` are
-    the (input, output) tensors of each repeated block."""
+    the (input, output) tensors of each repeated block; ``title`` is what generated classes are named after."""
 
     name: str
     nodes: tuple[Node, ...]
@@ -116,6 +116,7 @@ class Graph:
     named: tuple[str, ...]
     options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     carries: tuple[tuple[str, str], ...] = ()
+    title: str = ""
 
     @cached_property
     def network(self) -> nx.MultiDiGraph:

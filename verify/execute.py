@@ -49,7 +49,7 @@ class Setting:
     base: int
     sizes: Mapping[str, int]
     eps: float = 0.0
-    multipliers: Mapping[str, float] = field(default_factory=dict)  # at the base width; 1 where not named
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # at the base width, where not the usual value
 
     def size(self, dim: Dim) -> int:
         if dim.name not in self.sizes:
@@ -119,7 +119,8 @@ def execute(
         carrier = node.attrs.get("carrier") or role
         rule = next((each for each in table.rules if each.role == carrier), None)
         knob = None if rule is None else rule.multiplier
-        return base.get(carrier, 1.0) * (1.0 if knob is None else ratio ** float(knob))
+        usual = _base_fan_in(setting, graph.shapes[role]) ** -0.5 if node.attrs.get("base") == "fan_in" else 1.0
+        return base.get(carrier, usual) * (1.0 if knob is None else ratio ** float(knob))
 
     for node in graph.ordered:
         arguments = [value(name) for name in node.inputs]

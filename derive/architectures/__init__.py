@@ -31,8 +31,7 @@ def options(name: str) -> dict[str, object]:
         raise unknown_name("architecture", name, list(ARCHITECTURES))
     signature = inspect.signature(ARCHITECTURES[name])
     found = {each.name: each.default for each in signature.parameters.values()}
-    found.pop("name", None)  # a variant's own name, not a choice
-    return found
+    return {key: value for key, value in found.items() if key not in ("name", "title")}  # a variant's own, no choices
 
 
 def architecture(name: str, **chosen: object) -> Graph:

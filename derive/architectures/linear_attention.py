@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from sympy import Rational
-
 from widthwise.derive.architectures.common import head_scaling, language_model
 from widthwise.derive.builder import Builder, Tensor
 from widthwise.derive.errors import DeriveError
@@ -11,12 +9,12 @@ from widthwise.derive.graph import Dim, Graph, Group, as_group
 from widthwise.derive.laws import DECAY_RATE, ONES, TIME_STEP
 
 
-def _qk_power(qk_scale: str, key_dim: Dim) -> object:
+def _key_scale(qk_scale: str) -> bool:
     """1 as in the papers, or d_k^(-1/2) as in FLA and Qwen3-Next."""
-    powers = {"1": 0, "d_k^-1/2": -key_dim.exponent * Rational(1, 2)}
-    if qk_scale not in powers:
-        raise DeriveError(f"qk_scale {qk_scale!r} is unknown", cure=f"known: {', '.join(powers)}")
-    return powers[qk_scale]
+    scales = {"1": False, "d_k^-1/2": True}
+    if qk_scale not in scales:
+        raise DeriveError(f"qk_scale {qk_scale!r} is unknown", cure=f"known: {', '.join(scales)}")
+    return scales[qk_scale]
 
 
 def _features(
@@ -53,6 +51,7 @@ def gated_deltanet(
     mlp: bool = True,
     depth: int = 24,
     name: str = "gated_deltanet",
+    title: str = "GatedDeltaNet",
 ) -> Graph:
     """The whole Gated DeltaNet language model as every implementation computes it (Yang et al. 2024,
     arXiv:2412.06464; scaling analysed by Liu & Gu 2026, arXiv:2606.04048).
@@ -70,6 +69,7 @@ def gated_deltanet(
     split = head_scaling(scaling)
     g = Builder(
         name,
+        title=title,
         scaling=scaling,
         tied=tied,
         activation=activation,
@@ -107,7 +107,7 @@ def gated_deltanet(
             )
             log_alpha = g.scale(g.product(rate, g.pointwise("softplus", z)), factor=-1.0, output="g")
             alpha = g.pointwise("exp", log_alpha, output="alpha")
-        o = g.scan(q, k, v, decay=alpha, strength=beta, power=_qk_power(qk_scale, d_k), state="S", output="o")
+        o = g.scan(q, k, v, decay=alpha, strength=beta, key_scale=_key_scale(qk_scale), state="S", output="o")
         return _output(g, h, o, value_heads, d_v, width, gate, o_scale)
 
     language_model(g, width, depth, tied, mixer, mlp)
@@ -148,6 +148,7 @@ def deltanet(
         qk_scale=qk_scale,
         depth=depth,
         name="deltanet",
+        title="DeltaNet",
     )
 
 
@@ -156,7 +157,7 @@ def gated_linear_attention(
 ) -> Graph:
     """Gated linear attention (Yang et al. 2023, arXiv:2312.06635): a decay per key channel from a low-rank map."""
     split = head_scaling(scaling)
-    g = Builder("gated_linear_attention", scaling=scaling, tied=tied, o_scale=o_scale)
+    g = Builder("gated_linear_attention", title="GatedLinearAttention", scaling=scaling, tied=tied, o_scale=o_scale)
     width, rank, heads = g.dim("d_model", 1), g.dim("rank"), g.dim("H", split.heads)
     d_k, d_v = (g.dim(each, split.head_dim, practical=256) for each in ("d_k", "d_v"))
 
@@ -165,7 +166,7 @@ def gated_linear_attention(
         v = g.reshape(g.linear(h, "attn.v_proj", heads * d_v), heads, d_v, output="v")
         z = g.linear(g.linear(h, "attn.gk_down", rank), "attn.gk_up", heads * d_k, bias=True, output="z_alpha")
         alpha = g.reshape(g.pointwise("sigmoid", z), heads, d_k, output="alpha")
-        o = g.scan(q, k, v, decay=alpha, power=-d_k.exponent * Rational(1, 2), state="S", output="o")
+        o = g.scan(q, k, v, decay=alpha, key_scale=True, state="S", output="o")
         return _output(g, h, o, as_group(heads), d_v, width, True, o_scale)
 
     language_model(g, width, depth, tied, mixer)
@@ -176,7 +177,7 @@ def mamba2(*, scaling: str = "head-dim-fixed", tied: bool = False, conv: bool = 
     """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): one B, C of a fixed state size for all heads, Δ writes and decays,
     a skip D·x, a gated norm over the whole inner width."""
     split = head_scaling(scaling)
-    g = Builder("mamba2", scaling=scaling, tied=tied, conv=conv)
+    g = Builder("mamba2", title="Mamba2", scaling=scaling, tied=tied, conv=conv)
     width, taps, state = g.dim("d_model", 1), g.dim("taps"), g.dim("d_state")
     heads, d_head = g.dim("H", split.heads), g.dim("d_head", split.head_dim, practical=256)
 

@@ -12,7 +12,7 @@ def mlp(*, activation: str = "relu", bias: bool = True, depth: int = 3, dims: tu
     ``dims`` replaces the equal hidden layers by one layer for each exponent given, for widths that grow
     differently.
     """
-    g = Builder("mlp", activation=activation, bias=bias)
+    g = Builder("mlp", title="MLP", activation=activation, bias=bias)
     classes = g.dim("classes")
     x = g.input("x", g.dim("features"))
 

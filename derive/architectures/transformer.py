@@ -12,7 +12,7 @@ def transformer(
 ) -> Graph:
     """Softmax attention with H heads of d_head; with ``gqa`` a fixed group of query heads shares keys and values."""
     split = head_scaling(scaling)
-    g = Builder("transformer", scaling=scaling, tied=tied, gqa=gqa, qk_norm=qk_norm)
+    g = Builder("transformer", title="Transformer", scaling=scaling, tied=tied, gqa=gqa, qk_norm=qk_norm)
     width = g.dim("d_model", 1)
     heads, group = g.dim("H", split.heads), g.dim("G")
     head_dim = g.dim("d_head", split.head_dim, practical=256)

@@ -9,7 +9,7 @@ from widthwise.verify.execute import Setting  # noqa: E402
 from widthwise.verify.sizes import measure  # noqa: E402
 
 AXES = {"d_model": 64, "vocab": 16, "taps": 4, "ffn": 64, "G": 2}
-BASE = {"lm_head": 1 / 8, "a_proj": 0.1}  # logits Θ(1) and gates near their bias at the base width, as in practice
+BASE = {"a_proj": 0.1}  # gates near their bias at the base width, as in practice
 HEADS = {"heads-fixed": {"H": 4, "d_k": 16, "d_v": 16}, "head-dim-fixed": {"H": 4, "d_k": 16, "d_v": 16}}
 
 
