@@ -177,26 +177,8 @@ def train_one_rank(rank: int, directory: str, wrap) -> None:
     grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in layer.parameters()]
     if rank == 0:
         torch.save(grads, f"{directory}/gradients.pt")
-    dist.destroy_process_group()
-
-
-def both_ranks_finish(directory: Path, results: Path, wrap: str) -> bool:
-    """Two fresh processes that run this file; False if they are not done in time. A rank that fails is an error."""
-    directory.mkdir()
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(directory), wrap], env=env) for rank in range(2)
-    ]
-    try:
-        codes = [rank.wait(timeout=30) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0]
-    (directory / "gradients.pt").rename(results / "gradients.pt")
-    return True
+    dist.barrier()
+    os._exit(0)  # taking gloo's group down aborts or hangs one time in six (torch 2.13: "terminate called")
 
 
 WRAPS = {"DDP": DistributedDataParallel, "FSDP2": shard}
@@ -204,8 +186,14 @@ WRAPS = {"DDP": DistributedDataParallel, "FSDP2": shard}
 
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_two_processes_average_their_gradients(tmp_path, wrap):
-    # Gloo's rendezvous was seen to hang now and then, forked or not: each attempt is bounded and starts afresh.
-    assert any(both_ranks_finish(tmp_path / str(attempt), tmp_path, wrap) for attempt in range(4))
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, __file__]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path), wrap], env=env) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     torch.manual_seed(0)
     layer, x = Layer(), torch.randn(2, 40, 8)
     for actual, expected in zip(torch.load(tmp_path / "gradients.pt"), gradients(layer, x), strict=True):
