@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint goldens clean
+.PHONY: demo test lint generated clean
 
 demo: $(VENV)/base
 	@mkdir -p out
@@ -27,8 +27,8 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	PYTHONPATH=src $(BIN)/lint-imports
 
-goldens: $(VENV)/dev
-	$(BIN)/python -m pytest tests/derive/test_golden.py --update-goldens
+generated: $(VENV)/dev
+	$(BIN)/widthwise check --write tests/golden generated kernels
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "widthwise needs Python 3.11 or newer: set PYTHON=/path/to/python3" >&2; exit 1; }

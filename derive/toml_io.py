@@ -22,8 +22,9 @@ _AGAIN = "write it again with widthwise derive --format toml"
 _HEADER = "# Width-scaling rules. Every knob is an exponent: multiply the base value by (n / n_base)^knob.\n"
 
 
-def write_toml(table: RuleTable) -> str:
-    """Canonical text: equal tables give equal bytes. Knobs that a role does not have are left out."""
+def write_toml(table: RuleTable, command: str = "") -> str:
+    """Canonical text: equal tables give equal bytes. Knobs that a role does not have are left out. ``command`` is
+    noted as what made the file."""
 
     def plain(entry: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in entry.items() if value is not None}
@@ -32,7 +33,7 @@ def write_toml(table: RuleTable) -> str:
     ordered = {"hash": content.pop("hash")} | content
     for key in ("rules", "tensors", "findings"):
         ordered[key] = [plain(entry) for entry in ordered[key]]
-    return _HEADER + tomli_w.dumps(ordered, multiline_strings=False)
+    return _HEADER + (f"# {command}\n" if command else "") + tomli_w.dumps(ordered, multiline_strings=False)
 
 
 def read_toml(text: str, name: str = "the file") -> RuleTable:

@@ -7,7 +7,6 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/golden from what is derived now")
 
 
 def has_cuda() -> bool:

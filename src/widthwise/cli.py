@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import io
 import json
 import sys
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from widthwise.derive import Graph, RuleTable
+    from widthwise.derive import RuleTable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -92,7 +90,55 @@ def _request(command: Command) -> Command:
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="write to a file")
 def derive(form: str, assumptions: bool, output: Path | None, **request: Any) -> None:
     """Derive the rules of ARCHITECTURE, a known one or yours as package.module:function."""
-    _emit(_table(**request), form, output, assumptions)
+    from widthwise.codegen.request import Request
+    from widthwise.codegen.tables import derived_text
+
+    asked = Request(**request)
+    if form in ("toml", "markdown"):
+        _write(derived_text(asked, form), output)
+    else:
+        _emit(asked.table(), form, output, assumptions)
+
+
+@cli.command()
+@_request
+@click.option("--emit", default="parametrization", show_default=True, help="parametrization or model")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="write to a file")
+def generate(emit: str, output: Path | None, **request: Any) -> None:
+    """Write ARCHITECTURE's rules as a PyTorch module: init_, param_groups, set_multipliers; or the model itself."""
+    from widthwise.codegen.render import render
+    from widthwise.codegen.request import Request
+
+    _write(render(Request(**request), emit), output)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--write", is_flag=True, help="bring files that differ up to date")
+@click.option("--imports", is_flag=True, help="let files name architectures of your own, whose code is then run")
+def check(paths: tuple[Path, ...], write: bool, imports: bool) -> None:
+    """Make every generated file under PATHS (default: here) again; show differences, and exit with 1 if any."""
+    from widthwise.codegen.drift import check_file, generated_files
+    from widthwise.derive.errors import DeriveError
+
+    files = list(generated_files(paths or (Path(),)))
+    if not files:
+        raise DeriveError(
+            f"no file under {' '.join(map(str, paths)) or 'here'} was made by widthwise", cure="give the right folder"
+        )
+    drifts = [drift for file in files if (drift := check_file(file, imports)) is not None]
+    for drift in drifts:
+        click.secho(f"{drift.path}: {drift.what}", fg="red")
+        for line in drift.diff.splitlines():
+            click.secho(f"    {line}", fg={"+": "green", "-": "red"}.get(line[:1]))
+        if write and drift.expected:
+            _write(drift.expected, drift.path)
+    left = [drift for drift in drifts if not (write and drift.expected)]
+    written = f", {len(drifts) - len(left)} brought up to date" if write else ""
+    click.echo(f"{len(files)} generated files, {len(left)} out of date{written}")
+    if left:
+        click.echo("to do: widthwise check --write, and read the difference", err=True)
+        sys.exit(1)
 
 
 @cli.command()
@@ -100,9 +146,10 @@ def derive(form: str, assumptions: bool, output: Path | None, **request: Any) ->
 @click.argument("role")
 def explain(role: str, **request: Any) -> None:
     """The proof of the rule of ROLE, step by step."""
+    from widthwise.codegen.request import Request
     from widthwise.derive.proof import proof_lines
 
-    click.echo("\n".join(proof_lines(_table(**request), role)))
+    click.echo("\n".join(proof_lines(Request(**request).table(), role)))
 
 
 @cli.command()
@@ -160,93 +207,8 @@ def _plain(value: object) -> str:
     return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def _table(
-    architecture: str,
-    optimizer: str,
-    scaling: str | None,
-    assume: str | None,
-    preset: str | None,
-    regime: str | None,
-    parametrization: str | None,
-    fix: tuple[str, ...],
-    gauge: str,
-    tied: bool,
-    options: tuple[str, ...],
-) -> RuleTable:
-    from widthwise.derive.errors import DeriveError
-    from widthwise.derive.pipeline import derive as derive_rules
-
-    chosen = _pairs(options, "--option")
-    for name, value in (("scaling", scaling), ("tied", "on" if tied else None)):
-        if value is not None and chosen.setdefault(name, value) != value:
-            raise DeriveError(f"--{name} and --option {name}={chosen[name]} contradict each other", cure="give one")
-    return derive_rules(
-        _graph(architecture, chosen),
-        optimizer,
-        assume,
-        preset=preset,
-        regime=regime,
-        parametrization=parametrization,
-        fix=_pairs(fix, "--fix"),
-        gauge=gauge,
-    )
-
-
-def _pairs(texts: tuple[str, ...], option: str) -> dict[str, str]:
-    from widthwise.derive.errors import DeriveError
-
-    pairs: dict[str, str] = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise DeriveError(f"{option} {text!r} has no value", cure=f"write {option} NAME=VALUE")
-        if pairs.setdefault(name, value) != value:
-            raise DeriveError(f"{option} gives {name} two values, {pairs[name]!r} and {value!r}", cure="give it once")
-    return pairs
-
-
-def _value(text: str, default: object) -> object:
-    """The text of an option as the kind of thing its default is."""
-    switches = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
-    if isinstance(default, bool):
-        return switches.get(text.lower(), text)
-    if isinstance(default, int):
-        return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
-    if isinstance(default, tuple):
-        return tuple(text.split(","))
-    return text
-
-
-def _graph(name: str, options: dict[str, str]) -> Graph:
-    from widthwise.derive import Graph, architecture
-    from widthwise.derive.architectures import options as options_of
-    from widthwise.derive.errors import DeriveError
-
-    if ":" not in name:
-        known = options_of(name)
-        return architecture(name, **{key: _value(value, known.get(key)) for key, value in options.items()})
-    module, _, function = name.partition(":")
-    sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), function)
-        if callable(found):
-            defaults = {each.name: each.default for each in inspect.signature(found).parameters.values()}
-            found = found(**{key: _value(value, defaults.get(key)) for key, value in options.items()})
-    except DeriveError:
-        raise
-    except Exception as error:  # whatever somebody else's code raises is their mistake to read, not a traceback of ours
-        raise DeriveError(
-            f"{name} could not be built: {type(error).__name__}: {error}",
-            cure="give package.module:function, importable from here, that takes its options as keywords",
-        ) from None
-    if not isinstance(found, Graph):
-        raise DeriveError(f"{name} gave {type(found).__name__}, not a Graph", cure="end it with Builder.build()")
-    return found
-
-
 def _emit(table: RuleTable, form: str, output: Path | None, assumptions: bool) -> None:
     from widthwise.derive import render
-    from widthwise.derive.errors import DeriveError
     from widthwise.derive.toml_io import write_toml
 
     if form == "table":
@@ -265,11 +227,17 @@ def _emit(table: RuleTable, form: str, output: Path | None, assumptions: bool) -
             "markdown": lambda: render.markdown(table),
             "latex": lambda: render.latex_table(table),
         }[form]()
+    _write(written, output)
+
+
+def _write(written: str, output: Path | None) -> None:
+    from widthwise.derive.errors import DeriveError
+
     if output is None:
         click.echo(written, nl=False)
         return
     try:
-        output.write_text(written, encoding="utf-8")
+        output.write_text(written, encoding="utf-8", newline="\n")
     except OSError as error:
         raise DeriveError(
             f"cannot write {output}: {error.strerror}", cure="give a file in a folder that exists"
