@@ -39,7 +39,8 @@ $(VENV)/base: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[dev,torch]'
+	$(PIP) --editable '.[dev,torch,peers]'
+	$(PIP) --no-deps mup==1.0.0
 	@touch $@ $(VENV)/base
 
 clean:
