@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -174,6 +175,37 @@ def show(file: Path, form: str, output: Path | None) -> None:
             f"cannot read {file}: {error}", cure="give a rule table written by widthwise derive"
         ) from None
     _emit(read_toml(text, str(file)), form, output, True)
+
+
+@cli.command()
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="a file or folder of text (default: Python's own library)"
+)
+@click.option("--seconds", default=60.0, show_default=True, help="about how long to train in all")
+@click.option(
+    "--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=Path("out"), show_default=True,
+    help="folder for the generated files",
+)  # fmt: skip
+def demo(data: Path | None, seconds: float, output: Path) -> None:
+    """Train a generated model at two widths with one learning rate, standard parametrization beside ours."""
+    with _torch():
+        from widthwise.verify.demo import demo as run
+    run(data, output, seconds)
+
+
+@contextlib.contextmanager
+def _torch() -> Iterator[None]:
+    """Says how to get torch where it is missing."""
+    from widthwise.derive.errors import DeriveError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("torch", "triton"):
+            raise
+        raise DeriveError(
+            f"this needs {error.name}, which is not installed", cure="pip install 'widthwise[torch]'"
+        ) from None
 
 
 @cli.command("list")
