@@ -36,7 +36,7 @@ def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
     return {
         "rules": [_rule(rule, parameter) for rule, parameter in rules],
         "axes": axes,
-        "width_axis": _width_axis(axes),
+        "width_axis": width_axis(axes),
         "multipliers": _multipliers(graph, table),
         "norms": _norms(graph, table),
         "has_eps": any(rule.eps is not None for rule, _ in rules),
@@ -56,7 +56,7 @@ def _rule(rule: Rule, parameter: Parameter) -> Row:
     return Row(rule.binding if parameter.trainable else f"frozen; {rule.binding}", call("Rule", arguments, 4))
 
 
-def _width_axis(dims: list[Dim]) -> str:
+def width_axis(dims: list[Dim]) -> str:
     """The first axis that grows as the width itself: ``d_model`` of a language model, the units of an MLP."""
     for dim in dims:
         if dim.exponent == ONE:

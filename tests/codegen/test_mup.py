@@ -41,6 +41,7 @@ class TestSameAsMup:
     ) -> None:
         module = generated(NAMES[make], optimizer=optimizer, preset="tensor-programs-v")
         model = make(width)
+        module.set_multipliers(model, width=width, base_width=BASE)
         ours = {
             parameter: group["lr"]
             for group in module.param_groups(model, lr=0.1, width=width, base_width=BASE)

@@ -17,6 +17,13 @@ WIDE = {"width": 64, "base_width": 16}
 AT_BASE = {"width": 16, "base_width": 16}
 
 
+def ready(module: ModuleType) -> nn.Module:
+    """A wide model whose multipliers are set."""
+    model = MLP(64)
+    module.set_multipliers(model, **WIDE)
+    return model
+
+
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -47,7 +54,7 @@ class TestGroups:
     def test_are_the_rules(self, generated: Generated, optimizer: str, gauge: str) -> None:
         table = Request("mlp", optimizer=optimizer, gauge=gauge).table()
         module = generated("mlp", optimizer=optimizer, gauge=gauge)
-        groups = {each["name"]: each for each in module.param_groups(MLP(64), lr=0.1, weight_decay=0.2, **WIDE)}
+        groups = {each["name"]: each for each in module.param_groups(ready(module), lr=0.1, weight_decay=0.2, **WIDE)}
         assert set(groups) == {rule.role for rule in table.rules if rule.parameters}
         for role, group in groups.items():
             factors = table.rule(role).factors(64, 16)
@@ -57,7 +64,7 @@ class TestGroups:
             assert group.get("eps") == (1e-8 * factors["eps"] if "eps" in factors else None)
 
     def test_hold_every_parameter_once(self, generated: Generated) -> None:
-        model = MLP(64)
+        model = ready(generated("mlp"))
         groups = generated("mlp").param_groups(model, lr=0.1, **WIDE)
         held = [parameter for group in groups for parameter in group["params"]]
         assert len(held) == len(set(held)) == len(list(model.parameters()))
@@ -72,13 +79,14 @@ class TestGroups:
         assert same(values(ours), values(plain))
 
     def test_take_roles_without_decay(self, generated: Generated) -> None:
-        groups = generated("mlp").param_groups(MLP(64), lr=0.1, weight_decay=0.1, no_decay=["input_bias"], **WIDE)
+        module = generated("mlp")
+        groups = module.param_groups(ready(module), lr=0.1, weight_decay=0.1, no_decay=["input_bias"], **WIDE)
         assert [each["name"] for each in groups if each["weight_decay"] == 0] == ["input_bias"]
         with pytest.raises(ValueError, match="no_decay names roles that there are not: bias"):
-            generated("mlp").param_groups(MLP(64), lr=0.1, no_decay=["bias"], **WIDE)
+            module.param_groups(ready(module), lr=0.1, no_decay=["bias"], **WIDE)
 
     def test_leave_frozen_parameters_out(self, generated: Generated) -> None:
-        model = MLP(64)
+        model = ready(generated("mlp"))
         model.input.weight.requires_grad_(False)
         model.adapter = nn.Parameter(torch.zeros(3), requires_grad=False)  # frozen and unknown: nobody's business
         groups = generated("mlp").param_groups(model, lr=0.1, **WIDE)
@@ -86,13 +94,15 @@ class TestGroups:
 
     @pytest.mark.parametrize("wrap", [torch.compile, copy.deepcopy, lambda model: nn.ModuleDict({"module": model})])
     def test_of_wrapped_models_are_the_same(self, generated: Generated, wrap: Callable) -> None:
-        module, model = generated("mlp"), MLP(64)
+        module = generated("mlp")
+        model = ready(module)
         groups = module.param_groups(wrap(model), lr=0.1, **WIDE)
         expected = module.param_groups(model, lr=0.1, **WIDE)
         assert [(each["name"], each["lr"]) for each in groups] == [(each["name"], each["lr"]) for each in expected]
 
     def test_survive_the_optimizers_state_dict(self, generated: Generated) -> None:
-        module, model = generated("mlp"), MLP(64)
+        module = generated("mlp")
+        model = ready(module)
         optimizer = torch.optim.AdamW(module.param_groups(model, lr=0.1, **WIDE))
         trained(model, optimizer, 1)
         again = torch.optim.AdamW(module.param_groups(copy.deepcopy(model), lr=0.5, **WIDE))
@@ -141,6 +151,12 @@ class TestErrors:
 
     def test_widths_that_are_none(self, generated: Generated) -> None:
         self.refused(generated, MLP(64), "must be positive, not 0 and 16", width=0)
+
+    def test_a_multiplier_that_was_never_set(self, generated: Generated) -> None:
+        model = MLP(64)
+        with pytest.raises(ValueError, match="multiplier output_multiplier is 1 still: call init_ or set_multipliers"):
+            generated("mlp").param_groups(model, lr=0.1, **WIDE)
+        generated("mlp").param_groups(model, lr=0.1, width=64, base_width=64)
 
     def test_a_multiplier_without_a_place(self, generated: Generated) -> None:
         model = MLP(64)
@@ -217,8 +233,8 @@ class TestInit:
     def test_touches_nothing_by_itself(self, generated: Generated) -> None:
         module, model = generated("mlp"), MLP(64)
         before = values(model)
-        module.param_groups(model, lr=0.1, **WIDE)
         module.set_multipliers(model, **WIDE)
+        module.param_groups(model, lr=0.1, **WIDE)
         assert same(values(model), before)
         assert not any(vars(parameter) for parameter in model.parameters())  # nothing patched onto tensors
 
