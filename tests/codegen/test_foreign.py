@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from small_models import MLP, learnable_text  # noqa: E402
 
 Generated = Callable[..., ModuleType]
 HEADS, GROUP, BASE, VOCABULARY = 2, 2, 32, 64
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "models.md"
 OPTIONS = {"gauge": "absorbed", "options": ("qk_scale=d_k^-1/2", "value_groups=on")}
 
 
@@ -39,24 +41,12 @@ def qwen3_next(width: int, head_dim: int, heads: int) -> Any:
     return transformers.Qwen3NextForCausalLM(config)
 
 
-def qwen3_next_scaling(module: ModuleType, config: Any) -> Any:
-    """The rules under Qwen3-Next's names; its gains are stored as 1 + weight, but for that of the gated norm."""
-    k, v = config.linear_key_head_dim, config.linear_value_head_dim
-    heads, group = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
-    mixer = "model.layers.*.linear_attn"
-    names = {
-        "model.embed_tokens.weight": "embeddings",
-        "model.layers.*.input_layernorm.weight": "attn_norm",
-        f"{mixer}.in_proj_qkvz.weight": {"q_proj": k, "k_proj": k, "v_proj": group * v, "g_proj": group * v},
-        f"{mixer}.in_proj_ba.weight": {"b_proj": group, "a_proj": group},
-        f"{mixer}.conv1d.weight": {"q_conv1d": heads * k, "k_conv1d": heads * k, "v_conv1d": heads * group * v},
-        f"{mixer}.A_log": "A_log",
-        f"{mixer}.dt_bias": "dt_bias",
-        f"{mixer}.norm.weight": "o_norm",
-        f"{mixer}.out_proj.weight": "o_proj",
-        "model.layers.*.post_attention_layernorm.weight": "mlp_norm",
-    }
-    return module.SCALING.rename(names, laws={"attn_norm": "zeros", "mlp_norm": "zeros", "norm": "zeros"})
+def scaling_of(module: ModuleType, config: Any) -> Any:
+    """The rules under Qwen3-Next's names, by the function that the documentation shows."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S)
+    shown: dict[str, Any] = {}
+    exec(compile(code, str(DOCUMENTATION), "exec"), shown)
+    return shown["qwen3_next_scaling"](module, config)
 
 
 @pytest.fixture
@@ -72,7 +62,7 @@ class TestQwen3Next:
         module = generated("gated_deltanet", scaling=scaling, **OPTIONS)
         heads, head_dim = (2, 32) if scaling == "heads-fixed" else (8, 8)
         model = qwen3_next(128, head_dim, heads)
-        rules = qwen3_next_scaling(module, model.config)
+        rules = scaling_of(module, model.config)
         widths: dict[str, Any] = {"width": 128, "base_width": 32, "scaling": rules}
         report = module.init_(model, norm_eps=1e-6, **widths)
         assert {each.name for each in report} == {name for name, _ in model.named_parameters()}
@@ -100,7 +90,7 @@ class TestQwen3Next:
         module = generated("gated_deltanet", **OPTIONS)
         model = qwen3_next(width, width // 4, HEADS)
         widths: dict[str, Any] = {"width": width, "base_width": BASE}
-        widths["scaling"] = qwen3_next_scaling(module, model.config)
+        widths["scaling"] = scaling_of(module, model.config)
         module.init_(model, norm_eps=1e-6, **widths)
         optimizer = torch.optim.AdamW(module.param_groups(model, lr=1e-2, **widths))
         losses = []
@@ -118,15 +108,13 @@ class TestQwen3Next:
         model = qwen3_next(64, 16, HEADS)
         model.lm_head.weight = model.model.embed_tokens.weight
         with pytest.raises(ValueError, match=r"has 2 rules \(embeddings, lm_head\); where two are tied, .*--tied"):
-            module.param_groups(
-                model, lr=1.0, width=64, base_width=32, scaling=qwen3_next_scaling(module, model.config)
-            )
+            module.param_groups(model, lr=1.0, width=64, base_width=32, scaling=scaling_of(module, model.config))
 
     def test_trains_under_the_hugging_face_trainer(self, generated: Generated, tmp_path) -> None:
         transformers = pytest.importorskip("transformers")
         pytest.importorskip("accelerate")
         module, model = generated("gated_deltanet", **OPTIONS), qwen3_next(64, 16, HEADS)
-        widths: dict[str, Any] = {"width": 64, "base_width": 32, "scaling": qwen3_next_scaling(module, model.config)}
+        widths: dict[str, Any] = {"width": 64, "base_width": 32, "scaling": scaling_of(module, model.config)}
         module.init_(model, norm_eps=1e-6, **widths)
         optimizer = torch.optim.AdamW(module.param_groups(model, lr=1e-2, **widths))
         arguments = transformers.TrainingArguments(
