@@ -25,7 +25,7 @@ def containers(graph: Graph) -> Mapping[str, str]:
     paths = {at[:end] for at in placed.values() for end in range(1, len(at) + 1)}
     for path in sorted(paths, key=lambda path: (-len(path), path)):
         inside = {name for name, at in placed.items() if at[: len(path)] == path}
-        if path[-1] != "*" and not _contiguous(graph, inside):
+        if path[-1] != "*" and not contiguous(graph, inside):
             placed |= {name: path[:-1] for name in inside if placed[name] == path}
     return {name: ".".join(path) for name, path in placed.items()}
 
@@ -113,7 +113,7 @@ def _placed(graph: Graph) -> dict[str, Path]:
     return placed
 
 
-def _contiguous(graph: Graph, inside: set[str]) -> bool:
+def contiguous(graph: Graph, inside: set[str]) -> bool:
     """Whether no path leaves these nodes and comes back."""
     left: set[str] = set()
     for node in graph.ordered:
