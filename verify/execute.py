@@ -67,11 +67,16 @@ def draw(graph: Graph, table: RuleTable, setting: Setting, generator: torch.Gene
     """All parameters at this width: each drawn by its base law, then scaled by its rule's init std."""
     drawn: dict[str, Tensor] = {}
     for role, parameter in graph.parameters.items():
-        knob = table.rule(role).init_std
-        assert knob is not None
-        value = _draw_base(parameter, setting, generator) * (setting.width / setting.base) ** float(knob)
-        drawn[role] = value.requires_grad_(parameter.trainable)
+        drawn[role] = draw_one(parameter, table, setting, generator)
     return drawn
+
+
+def draw_one(parameter: Parameter, table: RuleTable, setting: Setting, generator: torch.Generator) -> Tensor:
+    """One parameter at this width, by its base law and its rule's init std."""
+    knob = table.rule(parameter.role).init_std
+    assert knob is not None
+    value: Tensor = _draw_base(parameter, setting, generator) * (setting.width / setting.base) ** float(knob)
+    return value.requires_grad_(parameter.trainable)
 
 
 def _draw_base(parameter: Parameter, setting: Setting, generator: torch.Generator) -> Tensor:
@@ -109,50 +114,55 @@ def execute(
         DeriveError: for an op that cannot be run.
     """
     run = Execution(parameters=dict(parameters))
-    ratio = setting.width / setting.base
-    base = setting.multipliers
-
-    def value(name: str) -> Tensor:
-        return run.tensors[name] if name in run.tensors else parameters[name]
-
-    def multiplier(node: Node, role: str) -> float:
-        carrier = node.attrs.get("carrier") or role
-        rule = next((each for each in table.rules if each.role == carrier), None)
-        knob = None if rule is None else rule.multiplier
-        usual = _base_fan_in(setting, graph.shapes[role]) ** -0.5 if node.attrs.get("base") == "fan_in" else 1.0
-        return base.get(carrier, usual) * (1.0 if knob is None else ratio ** float(knob))
-
     for node in graph.ordered:
-        arguments = [value(name) for name in node.inputs]
-        out = _apply(graph, node, arguments, setting, multiplier, inputs)
+        arguments = [run.tensors[name] if name in run.tensors else parameters[name] for name in node.inputs]
+        out = apply(graph, table, setting, node, arguments, inputs)
         if out.requires_grad and node.op != "cross_entropy":
             out.retain_grad()
         run.tensors[node.output] = out
     return run
 
 
-def _apply(
+def multiplier(graph: Graph, table: RuleTable, setting: Setting, node: Node) -> float:
+    """The factor that a node multiplies its output by, at this width."""
+    weights = [name for name in node.inputs if name in graph.parameters]
+    carrier = node.attrs.get("carrier") or (weights[0] if weights else "")
+    rule = next((each for each in table.rules if each.role == carrier), None)
+    knob = None if rule is None else rule.multiplier
+    usual = _base_fan_in(setting, graph.shapes[weights[0]]) ** -0.5 if node.attrs.get("base") == "fan_in" else 1.0
+    scaled: float = 1.0 if knob is None else (setting.width / setting.base) ** float(knob)
+    return setting.multipliers.get(carrier, usual) * scaled
+
+
+def apply(
     graph: Graph,
+    table: RuleTable,
+    setting: Setting,
     node: Node,
     arguments: list[Tensor],
-    setting: Setting,
-    multiplier: Callable[[Node, str], float],
     inputs: Mapping[str, Tensor],
 ) -> Tensor:
+    """The output of one node, from the values of its inputs.
+
+    Raises:
+        DeriveError: for an op that cannot be run.
+    """
+    by = multiplier(graph, table, setting, node)
     shapes = [graph.shapes[name] for name in node.inputs]
     if node.op == "input":
         return inputs[node.output]
     if node.op == "embedding":
-        return arguments[0][inputs["tokens"]] * multiplier(node, node.inputs[0])
+        return arguments[0][inputs["tokens"]] * by
     if node.op == "linear":
-        return _linear(arguments[0], arguments[1], shapes) * multiplier(node, node.inputs[1])
+        return _linear(arguments[0], arguments[1], shapes) * by
     if node.op == "conv1d":
-        return _conv(arguments[0], arguments[1]) * multiplier(node, node.inputs[1])
+        return _conv(arguments[0], arguments[1]) * by
     if node.op in ("add", "residual"):
         return sum(arguments[1:], arguments[0])
     if node.op == "scale":
-        by: float = node.attrs["factor"] * (setting.width / setting.base) ** float(node.attrs["power"])
-        return arguments[0] * by * (multiplier(node, "") if node.attrs.get("carrier") else 1.0)
+        power: float = (setting.width / setting.base) ** float(node.attrs["power"])
+        scaled: Tensor = arguments[0] * (node.attrs["factor"] * power * by)
+        return scaled
     if node.op == "reshape":
         return arguments[0]
     if node.op in POINTWISE:
@@ -220,7 +230,7 @@ def _scan(graph: Graph, node: Node, arguments: list[Tensor]) -> Tensor:
     axes = ["".join(letter[dim] for dim in atoms(graph.shapes[name])) for name in node.inputs]
     decay = (gates.pop(0), axes[3]) if node.attrs["decay"] else None
     strength = (gates.pop(0), axes[-1]) if node.attrs["strength"] else None
-    state = torch.zeros(v.shape[0], *v.shape[2:], k.shape[-1], dtype=v.dtype)
+    state = torch.zeros(v.shape[0], *v.shape[2:], k.shape[-1], dtype=v.dtype, device=v.device)
     outputs = []
     for t in range(v.shape[1]):
         written = v[:, t]

@@ -1,0 +1,162 @@
+"""A description as a subject: the graph itself is run, with every tensor in view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widthwise.derive import Graph, RuleTable
+from widthwise.derive.errors import DeriveError
+from widthwise.derive.exponents import ZERO
+from widthwise.derive.graph import Dim, Node, atoms
+from widthwise.verify.coord.predict import used_in
+from widthwise.verify.coord.subject import Batch, Effect, Model, Snapshot, mixed
+from widthwise.verify.execute import Setting, apply, draw_one, execute
+
+# Entries of width-free axes, and of growing ones over the base width: small, so that the widest model stays quick.
+FREE = {"vocab": 64, "taps": 4, "G": 2, "H": 4, "rank": 8, "d_state": 16, "d_k": 16, "d_v": 16, "d_head": 16}
+SHARE = {"d_k": 1 / 4, "d_v": 1 / 4, "d_head": 1 / 2, "H": 1 / 16, "ffn": 2}
+# Gates near their bias at the base width, as in practice; logits small enough for their softmax to be linear. A Θ(1)
+# input of an exponential that vanishes with the width is no power law before it is small.
+CALM = {"a_proj": 0.1, "lm_head": 0.25}
+LEARNING_RATE = {"sgd": 0.3, "adamw": 1e-3, "adam": 1e-3, "adafactor": 1e-2}
+TINY = 1e-12  # eps of norms and of Adam: out of the way, because what they do is a finding and no slope
+
+
+@dataclass(frozen=True)
+class Described:
+    """Runs ``graph`` under ``table`` at any width. ``sizes`` has entries of axes at the base width."""
+
+    graph: Graph
+    table: RuleTable
+    base: int
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    lr: float | None = None
+    eps: float = TINY
+    norm_eps: float = TINY
+    multipliers: Mapping[str, float] = field(default_factory=lambda: CALM)
+    tokens: tuple[int, int] = (2, 8)  # few, because a step is coherent with its own tokens alone
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+
+    def setting(self, width: int) -> Setting:
+        return Setting(width, self.base, self._sizes, self.norm_eps, self.multipliers)
+
+    @cached_property
+    def dims(self) -> dict[str, Dim]:
+        """Every axis by name."""
+        dims = {dim.name: dim for node in self.graph.nodes for dim in atoms(node.shape)}
+        return dims | {dim.name: dim for each in self.graph.parameters.values() for dim in atoms(each.shape)}
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {name: self.sizes.get(name) or self._usual(dim) for name, dim in self.dims.items()}
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate at the base width."""
+        return LEARNING_RATE.get(self.table.optimizer, 1e-3) if self.lr is None else self.lr
+
+    def _usual(self, dim: Dim) -> int:
+        if dim.exponent == ZERO:
+            return FREE.get(dim.name, 8)
+        return max(1, round(self.base * SHARE.get(dim.name, 1)))
+
+    def batch(self, seed: int) -> Batch:
+        """Random tokens, and random tokens to predict."""
+        generator = torch.Generator().manual_seed(mixed(seed, "tokens"))
+        vocabulary = self._sizes.get("vocab", 8)
+        tokens, targets = torch.randint(0, vocabulary, (2, *self.tokens), generator=generator)
+        data = {"tokens": tokens, "targets": targets}
+        for node in self.graph.nodes:
+            if node.op == "input":
+                shape = [self._sizes[dim.name] for dim in atoms(node.shape)]
+                data[node.output] = torch.randn(*self.tokens, *shape, generator=generator).to(self.dtype)
+        return {name: value.to(self.device) for name, value in data.items()}
+
+    def make(self, width: int, seed: int) -> Model:
+        setting = self.setting(width)
+        drawn = {}
+        for role, parameter in self.graph.parameters.items():
+            generator = torch.Generator().manual_seed(mixed(seed, role))
+            value = draw_one(parameter, self.table, setting, generator).detach()
+            drawn[role] = value.to(self.device, self.dtype).requires_grad_(parameter.trainable)
+        return Run(self, setting, drawn, self.made(self._groups(drawn, width)))
+
+    def _groups(self, drawn: Mapping[str, Tensor], width: int) -> list[dict[str, Any]]:
+        groups = []
+        for role, value in drawn.items():
+            if not value.requires_grad:
+                continue
+            factors = self.table.rule(role).factors(width, self.base)
+            group: dict[str, Any] = {"params": [value], "lr": self.base_lr * factors["lr"]}
+            if "eps" in factors:
+                group["eps"] = self.eps * factors["eps"]
+            groups.append(group)
+        return groups
+
+    def made(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer, without weight decay.
+
+        Raises:
+            DeriveError: when torch has none that trains a whole model under this law.
+        """
+        name = self.table.optimizer
+        if name not in OPTIMIZERS:
+            raise DeriveError(
+                f"torch has no optimizer that does what {name!r} does to a whole model",
+                cure="check a factory of your own, which returns (model, optimizer)",
+            )
+        known = set(OPTIMIZERS[name]([{"params": [torch.zeros(1, requires_grad=True)]}]).param_groups[0])
+        plain = [{key: value for key, value in group.items() if key in known} for group in groups]
+        return OPTIMIZERS[name]([group | {"weight_decay": 0.0} for group in plain])
+
+
+OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adafactor": torch.optim.Adafactor,
+}
+
+
+@dataclass
+class Run:
+    subject: Described
+    setting: Setting
+    drawn: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.drawn
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return execute(self.subject.graph, self.subject.table, self.setting, self.drawn, batch).tensors
+
+    def effects(self, before: Snapshot, after: Snapshot, batch: Batch) -> Iterator[Effect]:
+        graph = self.subject.graph
+        for role, start in before.parameters.items():
+            step = after.parameters[role] - start
+            bare = False
+            for node, slot in graph.consumers(role):
+                if node.op not in ("linear", "conv1d", "embedding"):
+                    bare = True
+                    continue
+                sources = [name for name in node.inputs if name != role]
+                own = self._apply(node, slot, step, [after.tensors[name] for name in sources], batch)
+                changes = [after.tensors[name] - before.tensors[name] for name in sources]
+                upstream = self._apply(node, slot, start, changes, batch) if changes else None
+                yield Effect(used_in(role, node.output), own, upstream)
+            if bare:
+                yield Effect(role, step)
+
+    def _apply(self, node: Node, slot: int, weight: Tensor, others: list[Tensor], batch: Batch) -> Tensor:
+        """The op of a node, all of which are linear in the weight and linear in the input."""
+        arguments = [*others[:slot], weight, *others[slot:]]
+        return apply(self.subject.graph, self.subject.table, self.setting, node, arguments, batch)

@@ -1,0 +1,136 @@
+"""From sizes to verdicts: slopes with standard errors, held against predicted exponents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import exp, inf, log, nan, sqrt
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from widthwise.verify.coord.predict import Prediction
+from widthwise.verify.coord.run import Measurements
+
+Verdict = Literal["ok", "drift", "unresolved", "fail"]
+
+TOLERANCE = 0.1
+BETWEEN = 0.25  # halfway to the next exponent, since those of rules differ by halves
+SHORT = 16  # rows with fewer entries than that are no sample of their own
+MEANING: dict[Verdict, str] = {
+    "ok": f"within {TOLERANCE} or two standard errors of the prediction",
+    "drift": f"further off than that, and still nearest to the prediction (within {BETWEEN}): finite-size effects",
+    "unresolved": "the standard error is too large to tell the prediction from its neighbours at ±1/2",
+    "fail": f"further than {BETWEEN} and three standard errors from the prediction: another exponent",
+}
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The least-squares slope of log size against log width with its standard error over seeds, and the slope
+    between the two largest widths with its own."""
+
+    value: float
+    error: float
+    local: float
+    local_error: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One prediction held against its measurement. ``sizes`` are geometric means over seeds, by width."""
+
+    kind: str
+    name: str
+    step: int
+    statistic: str
+    predicted: float
+    bound: bool
+    tolerated: float | None
+    slope: Slope
+    verdict: Verdict
+    sizes: tuple[float, ...]
+
+    @property
+    def off(self) -> float:
+        """How far the slope is from the prediction; below a bound it is nowhere off."""
+        off = self.slope.value - self.predicted
+        return max(0.0, off) if self.bound else off
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit(widths: Sequence[int], rows: Sequence[Sequence[float]]) -> Slope:
+    """The slope of sizes [seed][width]. One seed alone has an infinite standard error."""
+    x = [log(width) for width in widths]
+    middle = fmean(x)
+    spread = sum((each - middle) ** 2 for each in x)
+    logs = [[log(size) for size in row] for row in rows]
+    slopes = [sum((a - middle) * b for a, b in zip(x, row, strict=True)) / spread for row in logs]
+    last = [(row[-1] - row[-2]) / (x[-1] - x[-2]) for row in logs]
+    return Slope(fmean(slopes), _error(slopes), fmean(last), _error(last))
+
+
+def _error(values: Sequence[float]) -> float:
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else inf
+
+
+def judge(slope: Slope, predicted: float, bound: bool = False) -> Verdict:
+    """The verdict on one slope; of a bound, only what exceeds it counts."""
+    off = slope.value - predicted
+    off = max(0.0, off) if bound else abs(off)
+    if off > BETWEEN and off > 3 * slope.error:
+        return "fail"
+    if off > BETWEEN or 2 * slope.error > BETWEEN:
+        return "unresolved"
+    return "ok" if off <= max(TOLERANCE, 2 * slope.error) else "drift"
+
+
+def results(
+    found: Measurements, predicted: Iterable[Prediction], steps: int, *, follows_gradient: bool
+) -> tuple[Result, ...]:
+    """Every prediction that was measured: sizes and gradients before the first step, changes after the first and the
+    last. ``follows_gradient``: the optimizer's step is as heavy-tailed as the gradient (SGD)."""
+    results = []
+    for each in predicted:
+        changes = each.kind in ("own step", "upstream", "change")
+        for step in sorted({1, steps}) if changes else (0,):
+            statistic = _statistic(found, each, step, follows_gradient)
+            rows = found.rows(each.kind, each.name, step, statistic)
+            if not rows:
+                continue
+            if all(size == 0.0 for row in rows for size in row):
+                continue  # a change that there is not, such as W₀·Δx of the first linear map under a frozen embedding
+            rows = [row for row in rows if min(row) > 0.0]
+            slope = fit(found.widths, rows) if rows else Slope(nan, inf, nan, inf)
+            verdict = judge(slope, each.exponent, each.bound) if rows else "unresolved"
+            sizes = tuple(_typical(column) for column in zip(*rows, strict=True))
+            results.append(
+                Result(
+                    each.kind,
+                    each.name,
+                    step,
+                    statistic,
+                    each.exponent,
+                    each.bound,
+                    each.tolerated,
+                    slope,
+                    verdict,
+                    sizes,
+                )
+            )
+    return tuple(results)
+
+
+def _statistic(found: Measurements, each: Prediction, step: int, follows_gradient: bool) -> str:
+    """How a quantity's size is taken. Short rows (one entry a head) are taken entry by entry, because the rms of a few
+    entries of a wide distribution is small on average, and less so as they grow in number. Gradients are taken by
+    their typical row, and so are changes that inherit their heavy tails."""
+    if found.shortest.get((each.kind, each.name), SHORT) < SHORT:
+        return "entries"
+    heavy = each.kind in ("gradient", "weight gradient") or (each.kind != "forward" and follows_gradient)
+    return "typical" if heavy and each.kind != "weight" else "rms"
+
+
+def _typical(sizes: Sequence[float]) -> float:
+    return exp(fmean(map(log, sizes)))
