@@ -1,8 +1,12 @@
 """Marks: ``gpu`` tests are skipped, by name, where there is no CUDA device; ``slow`` ones without --run-slow."""
 
 import importlib.util
+import os
 
 import pytest
+
+# Tensors here are small: a second thread gains nothing, and waiting for it on a busy machine costs a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

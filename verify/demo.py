@@ -93,7 +93,7 @@ def demo(data: Path | None, folder: Path, seconds: float = 60.0, console: Consol
     Raises:
         DeriveError: when the data cannot be read, or are too few.
     """
-    console = console or Console()
+    console = console or Console(highlight=False)
     text = corpus(data)
     rules, models = generate(Request("gated_deltanet"), folder)
     torch.set_flush_denormal(True)
@@ -134,8 +134,8 @@ def _affordable(rules: ModuleType, models: ModuleType, text: Corpus, seconds: fl
 
 
 def _table(runs: list[Run]) -> Table:
-    table = Table(title="held-out loss in nats per byte, by width", title_justify="left")
-    table.add_column("parametrization")
+    table = Table(caption="nats per byte, on text that was not trained on", caption_justify="left")
+    table.add_column("held-out loss at width")
     widths = sorted({run.width for run in runs})
     for width in widths:
         table.add_column(str(width), justify="right")
