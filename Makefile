@@ -43,7 +43,7 @@ $(VENV)/torch: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) --editable '.[dev,torch,peers]'
+	$(PIP) --editable '.[dev,torch,plot,peers]'
 	$(PIP) --no-deps mup==1.0.0
 	@touch $@ $(VENV)/torch
 
