@@ -12,6 +12,7 @@ from widthwise.derive.exponents import HALF, ZERO
 from widthwise.derive.graph import Graph, Node, atoms, extent, shape_text
 
 L2_EPS = 1e-6  # of the scan's own normalization
+TOKENS = "<tokens>"  # what an embedding reads, which is no tensor of the graph
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,18 @@ def calls(plan: Plan) -> Mapping[str, Call]:
     for node in graph.ordered:
         if node.output not in found and node.output not in taken:
             reads = tuple(name for name in node.inputs if name not in graph.parameters)
-            found[node.output] = Call(node.op, ("tokens",) if node.op == "embedding" else reads)
+            found[node.output] = Call(node.op, (TOKENS,) if node.op == "embedding" else reads)
     return {node.output: found[node.output] for node in graph.ordered if node.output not in taken}
 
 
 def _norm(plan: Plan, node: Node) -> Iterator[Call]:
-    """A norm and a gain along its axis alone."""
+    """A norm and a gain in a layer of its own, along the norm's axis alone."""
     graph = plan.graph
     if node.op != "einsum" or (norm := graph.makers.get(node.inputs[0])) is None:
         return
     gain = node.inputs[1]
-    fits = gain in graph.parameters and norm.op in ("rms_norm", "layer_norm") and node.shape == norm.shape
+    layer = gain in graph.parameters and module_of(graph.parameters[gain])[-1:] == (gain,)
+    fits = layer and norm.op in ("rms_norm", "layer_norm") and node.shape == norm.shape
     if fits and graph.shapes[gain] == (norm.attrs["axis"],) and plan.only(norm.output, node):
         yield Call("norm", norm.inputs, (norm.output,))
 

@@ -1,7 +1,7 @@
 """What the model template is filled with: the graph as modules, in the order in which they are called.
 
-tree.py says which module calls which, fusion.py which nodes are one call of PyTorch, forward.py and modules.py write
-the two methods of a class.
+layout.py and tree.py say which module calls which, fusion.py which nodes are one call of PyTorch, ops.py how a call is
+written; forward.py and modules.py write the two methods of a class.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from math import isfinite
 from typing import Any
 
 from widthwise.codegen.expressions import root, spread
-from widthwise.codegen.forward import Names
+from widthwise.codegen.fusion import TOKENS
 from widthwise.codegen.layout import Path
 from widthwise.codegen.modules import Multiplier, config_size, module
 from widthwise.codegen.text import WIDTH
 from widthwise.codegen.tree import Tree, camel, class_names, identifiers
+from widthwise.codegen.values import Names
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO
@@ -60,7 +61,7 @@ def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
         for name, (role, attribute) in multipliers.items()
     }
     modules = [module(tree, path, names, placed) for path in tree.paths]
-    inputs, caches = tree.inputs(()), tree.inputs(()) == ("tokens",) or tree.stateful(())
+    inputs, caches = tree.inputs(()), tree.inputs(()) == (TOKENS,) or tree.stateful(())
     model = modules[-1]
     assert model.forward is not None
     return {
@@ -75,7 +76,7 @@ def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
         "eps": _eps(graph),
         "multipliers": [(each.role, ".".join((*tree.where[name], each.attribute))) for name, each in placed.items()],
         "laws": [(parameter.patterns[0], parameter.law) for parameter in graph.parameters.values()],
-        "generates": inputs == ("tokens",),
+        "generates": inputs == (TOKENS,),
         "caches": caches,
         "summary": model.forward.summary if len(model.forward.summary) < WIDTH - 12 else "The forward pass.",
         "signature": _signature(inputs, names, caches),

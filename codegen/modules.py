@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from widthwise.codegen.expressions import product_of, spread
-from widthwise.codegen.forward import Forward, Names
+from widthwise.codegen.forward import Forward
 from widthwise.codegen.layout import Path, home, module_of
 from widthwise.codegen.text import WIDTH
 from widthwise.codegen.tree import Tree
+from widthwise.codegen.values import Names
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.graph import Group, Parameter
 
@@ -99,21 +100,23 @@ def _assignment(name: str, text: str) -> list[str]:
 
 def _members(tree: Tree, path: Path, names: Names) -> list[tuple[str, str]]:
     """Attributes that hold parameters, in the order of the forward pass."""
-    found: dict[str, str] = {}
+    found: dict[tuple[str, str], None] = {}
     for parameter in _in_order(tree):
         at = home(parameter)
         if at == path and module_of(parameter) == path:
-            found[parameter.role] = f"nn.Parameter(torch.empty({', '.join(_sizes(names, parameter))}))"
+            attribute, text = parameter.role, f"nn.Parameter(torch.empty({', '.join(_sizes(names, parameter))}))"
         elif at == path:
-            found.setdefault(module_of(parameter)[-1], _layer(tree, module_of(parameter), names))
+            attribute, text = module_of(parameter)[-1], _layer(tree, module_of(parameter), names)
         elif at[: len(path)] == path:
             inner = min((each for each in names.titles if _between(path, each, at)), key=len)
-            text = f"{names.titles[inner]}(config)"
-            if inner[-1] == "*":
+            repeated = inner[-1] == "*"
+            attribute, text = inner[-2 if repeated else -1], f"{names.titles[inner]}(config)"
+            if repeated:
                 text = f"nn.ModuleList({text} for _ in range(config.{names.depths[inner]}))"
-            holders = inner[len(path) : -1] if inner[-1] == "*" else inner[len(path) :]
-            found.setdefault(holders[-1], text)
-    return list(found.items())
+        else:
+            continue
+        found[attribute, text] = None
+    return list(found)
 
 
 def _between(path: Path, inner: Path, at: Path) -> bool:
@@ -143,7 +146,7 @@ def _layer(tree: Tree, path: Path, names: Names) -> str:
     if weight is None or reader is None or set(inside) - {f"{path[-1]}_bias"} or (inside and reader.op != "linear"):
         raise DeriveError(
             f"no layer holds {', '.join(inside)} of {'.'.join(path)}",
-            where="" if reader is None else reader.where,
+            where=next(each.where for each in tree.graph.parameters.values() if module_of(each) == path),
             cure="declare it with Builder.parameter",
         )
     sizes = _sizes(names, weight)

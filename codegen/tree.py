@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from widthwise.codegen.fusion import Call, Plan, calls
+from widthwise.codegen.fusion import TOKENS, Call, Plan, calls
 from widthwise.codegen.layout import Path, blocks, containers, contiguous, home
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.graph import Graph, Node
@@ -151,10 +151,9 @@ def class_names(tree: Tree, title: str, taken: Iterable[str]) -> Mapping[Path, s
         if not path:
             continue
         name = _class_name(tree, path, title)
-        for end in range(len(path) - 1, -1, -1):  # qualified by what it is part of until it is unique
-            if name not in used:
-                break
-            name = camel(path[end - 1]) + name if end and path[end - 1] != "*" else name + "_"
+        around = [part for part in path[:-1] if part != "*"]
+        while name in used:  # qualified by what it is part of
+            name = camel(around.pop()) + name if around else f"{name}_"
         used.add(name)
         names[path] = name
     return names
@@ -177,18 +176,25 @@ def camel(name: str) -> str:
     return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
 
 
-def identifiers(tree: Tree, check: Callable[[str, str], None], reserved: Iterable[str]) -> Mapping[str, str]:
-    """A local variable for every tensor: the author's name where there is one."""
-    used = set(reserved)
-    names = {"tokens": "tokens"}
-    for node in tree.graph.ordered:
-        if node.output in tree.graph.named:
+def identifiers(tree: Tree, check: Callable[[str, str], None], reserved: Set[str]) -> Mapping[str, str]:
+    """A local variable for every tensor: the author's name, or that of a parameter it is made with, or its op's."""
+    graph = tree.graph
+    names = {TOKENS: "tokens"}
+    used = {*reserved, *graph.named}
+    for node in graph.ordered:
+        if node.output in graph.named:
             check(node.output, node.where)
             name = node.output
-        else:
-            name = f"{'product' if node.op == 'einsum' else node.op}_{len(names)}"
+            while name in reserved or name in names.values():
+                name += "_"
+            names[node.output] = name
+            continue
+        made_with = [name for name in node.inputs if name in graph.parameters]
+        base = made_with[0] if made_with else {"einsum": "product"}.get(node.op, node.op)
+        name, count = base, 1
         while name in used:
-            name += "_"
+            count += 1
+            name = f"{base}_{count}"
         used.add(name)
         names[node.output] = name
     return names
