@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -193,6 +194,54 @@ def demo(data: Path | None, seconds: float, output: Path) -> None:
     run(data, output, seconds)
 
 
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="results (default: FILE.jsonl)")
+@click.option("--executor", default="local", show_default=True, help="local, or ray for a Ray cluster")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="runs at a time (under ray: a GPU)")
+def sweep(file: Path, output: Path | None, executor: str, jobs: int) -> None:
+    """Train the grid of FILE (TOML): widths × learning rates × parametrizations × seeds; goes on where it stopped."""
+    with _torch():
+        from widthwise.verify.transfer.config import read_sweep
+        from widthwise.verify.transfer.results import Results
+        from widthwise.verify.transfer.sweep import carry_out
+    results = output or file.with_suffix(".jsonl")
+    failures = carry_out(read_sweep(file), results, executor, jobs)
+    entries = list(Results(results).load().values())
+    if entries:
+        _transfer(entries, None)
+    if failures:
+        click.secho(f"{len(failures)} runs failed or were left; the same command tries them again", fg="red", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("results", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="picture (default: RESULTS.png)")
+@click.option("--markdown", is_flag=True, help="print the table for a page")
+def plot(results: Path, output: Path | None, markdown: bool) -> None:
+    """Loss against learning rate, a line a width, from a sweep's RESULTS; and what transfer costs."""
+    with _torch():
+        from widthwise.verify.transfer import report
+        from widthwise.verify.transfer.results import Results
+    entries = list(Results(results).load().values())
+    if markdown:
+        click.echo(report.markdown(entries), nl=False)
+    else:
+        _transfer(entries, output or results.with_suffix(".png"))
+
+
+def _transfer(entries: list[dict[str, Any]], picture: Path | None) -> None:
+    from rich.console import Console
+
+    from widthwise.verify.transfer import report
+
+    Console(highlight=False).print(report.table(entries))
+    if picture is not None:
+        report.plot(entries, picture)
+        click.echo(f"plotted to {picture}")
+
+
 @contextlib.contextmanager
 def _torch() -> Iterator[None]:
     """Says how to get torch where it is missing."""
@@ -206,6 +255,50 @@ def _torch() -> Iterator[None]:
         raise DeriveError(
             f"this needs {error.name}, which is not installed", cure="pip install 'widthwise[torch]'"
         ) from None
+
+
+class _Spread(click.Command):
+    """Lets ``--widths`` take several values after it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for arg in args:
+            if arg.isdecimal() and len(spread) > 1 and spread[-2] == "--widths" and spread[-1].isdecimal():
+                spread.append("--widths")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+@cli.command("coord-check", cls=_Spread)
+@_request
+@click.option("--widths", multiple=True, type=int, default=(64, 128, 256, 512), show_default=True, help="three or more")
+@click.option("--base-width", type=int, help="where hyperparameters were tuned (default: the smallest width)")
+@click.option(
+    "--rules",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="a rule table (derive --format toml); ARCHITECTURE is then a factory make_model(width)",
+)
+@click.option("--description", metavar="MODULE:FUNCTION", help="the graph of RULES, where it is one of yours")
+@click.option("--lr", type=float, help="learning rate at the base width")
+@click.option("--seeds", type=int, help="how many (default: 10; thorough: 40)")
+@click.option("--first-seed", type=int, default=0, show_default=True, help="the first of them")
+@click.option("--steps", type=int, help="optimizer steps (default: 2; thorough: 4)")
+@click.option("--thorough", is_flag=True, help="more seeds and steps")
+@click.option("--strict", is_flag=True, help="fail where something is not resolved, too")
+@click.option("--alignment", is_flag=True, help="measure instead how coherent each kind of sum is")
+@click.option("--graph", is_flag=True, help="run the description itself rather than the generated model")
+@click.option("--plot/--no-plot", default=True, show_default=True, help="coord_check.png, standard beside these rules")
+@click.option(
+    "--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="folder for the files"
+)
+def coord_check(**options: Any) -> None:
+    """Hold every predicted exponent of ARCHITECTURE against training; exit with 1 where one fails."""
+    from widthwise.codegen.request import Request
+
+    with _torch():
+        from widthwise.verify.coord.command import Asked, command
+    request = {field.name: options.pop(field.name) for field in dataclasses.fields(Request)}
+    sys.exit(command(Request(**request), Asked(**options)))
 
 
 @cli.command("list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ def coordinate_check(
     *,
     title: str = "",
     rules: str = "",
-    seeds: Sequence[int] = range(12),
+    seeds: Sequence[int] = range(10),
     steps: int = 2,
     follows_gradient: bool = False,
     reference: Subject | None = None,
@@ -123,6 +123,7 @@ def coordinate_check(
         interrupted = True
         if found.whole_seeds < 2:
             raise
+    named = {each.name for each in predicted if each.kind == "forward"}
     return Report(
         title,
         rules,
@@ -130,17 +131,17 @@ def coordinate_check(
         found.whole_seeds,
         steps,
         results(found, predicted, steps, follows_gradient=follows_gradient),
-        curves(found, steps),
-        curves(beside, steps),
+        curves(found, steps, named),
+        curves(beside, steps, named),
         interrupted,
     )
 
 
-def curves(found: Measurements, steps: int) -> Curves:
-    """What a plot shows."""
+def curves(found: Measurements, steps: int, wanted: Container[str]) -> Curves:
+    """What a plot shows of these tensors."""
     names = [name for kind, name, step, _ in found.sizes if kind == "forward" and step == 0]
     drawn = {}
-    for name in dict.fromkeys(names):
+    for name in (name for name in dict.fromkeys(names) if name in wanted):
         panels = [found.average("forward" if step == 0 else "change", name, step, "rms") for step in range(steps + 1)]
         if all(panels):
             drawn[name] = panels

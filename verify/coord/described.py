@@ -25,6 +25,7 @@ SHARE = {"d_k": 1 / 4, "d_v": 1 / 4, "d_head": 1 / 2, "H": 1 / 16, "ffn": 2}
 # input of an exponential that vanishes with the width is no power law before it is small.
 CALM = {"a_proj": 0.1, "lm_head": 0.25}
 LEARNING_RATE = {"sgd": 0.3, "adamw": 1e-3, "adam": 1e-3, "adafactor": 1e-2}
+TOKENS = 2, 8  # batch and time: few, because a step is coherent with its own tokens alone
 TINY = 1e-12  # eps of norms and of Adam: out of the way, because what they do is a finding and no slope
 
 
@@ -40,8 +41,8 @@ class Described:
     eps: float = TINY
     norm_eps: float = TINY
     multipliers: Mapping[str, float] = field(default_factory=lambda: CALM)
-    tokens: tuple[int, int] = (2, 8)  # few, because a step is coherent with its own tokens alone
-    dtype: torch.dtype = torch.float64
+    tokens: tuple[int, int] = TOKENS
+    dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     def setting(self, width: int) -> Setting:
@@ -86,7 +87,7 @@ class Described:
             generator = torch.Generator().manual_seed(mixed(seed, role))
             value = draw_one(parameter, self.table, setting, generator).detach()
             drawn[role] = value.to(self.device, self.dtype).requires_grad_(parameter.trainable)
-        return Run(self, setting, drawn, self.made(self._groups(drawn, width)))
+        return Run(self, setting, drawn, optimizer_of(self.table.optimizer, self._groups(drawn, width)))
 
     def _groups(self, drawn: Mapping[str, Tensor], width: int) -> list[dict[str, Any]]:
         groups = []
@@ -100,22 +101,6 @@ class Described:
             groups.append(group)
         return groups
 
-    def made(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer, without weight decay.
-
-        Raises:
-            DeriveError: when torch has none that trains a whole model under this law.
-        """
-        name = self.table.optimizer
-        if name not in OPTIMIZERS:
-            raise DeriveError(
-                f"torch has no optimizer that does what {name!r} does to a whole model",
-                cure="check a factory of your own, which returns (model, optimizer)",
-            )
-        known = set(OPTIMIZERS[name]([{"params": [torch.zeros(1, requires_grad=True)]}]).param_groups[0])
-        plain = [{key: value for key, value in group.items() if key in known} for group in groups]
-        return OPTIMIZERS[name]([group | {"weight_decay": 0.0} for group in plain])
-
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -123,6 +108,22 @@ OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adafactor": torch.optim.Adafactor,
 }
+
+
+def optimizer_of(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """torch's optimizer for these groups, without weight decay.
+
+    Raises:
+        DeriveError: when torch has none that trains a whole model under this law.
+    """
+    if name not in OPTIMIZERS:
+        raise DeriveError(
+            f"torch has no optimizer that does what {name!r} does to a whole model",
+            cure="check a factory of your own, which returns (model, optimizer)",
+        )
+    known = set(OPTIMIZERS[name]([{"params": [torch.zeros(1, requires_grad=True)]}]).param_groups[0])
+    plain = [{key: value for key, value in group.items() if key in known} for group in groups]
+    return OPTIMIZERS[name]([group | {"weight_decay": 0.0} for group in plain])
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
-from widthwise.verify.coord.described import Described, Run
+from widthwise.verify.coord.described import Described, Run, optimizer_of
 from widthwise.verify.coord.subject import Batch, Effect, Model, Snapshot, mixed
 from widthwise.verify.execute import Setting, apply
 
@@ -36,6 +36,10 @@ class Emitted(Described):
 
     request: Request = field(kw_only=True)
     depth: int = 1
+
+    def prepare(self) -> None:
+        """Generate and import now, so that what cannot be generated says so."""
+        assert self.modules
 
     @cached_property
     def modules(self) -> tuple[ModuleType, ModuleType]:
@@ -69,7 +73,9 @@ class Emitted(Described):
             if role not in base:
                 _scale(model, self.graph.parameters[role].patterns, value)
         groups = rules.param_groups(model, lr=self.base_lr, eps=self.eps, width=width, base_width=self.base)
-        return _EmittedRun(self, setting, self._by_role(model, setting), self.made(groups), model, emitted)
+        return _EmittedRun(
+            self, setting, self._by_role(model, setting), optimizer_of(self.table.optimizer, groups), model, emitted
+        )
 
     def _by_role(self, model: nn.Module, setting: Setting) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}

@@ -12,21 +12,23 @@ from widthwise.derive import Graph, RuleTable
 from widthwise.derive.assume import PRESETS, SETS, Assumptions, in_regime
 from widthwise.derive.backward import Backward
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import n_to
+from widthwise.derive.exponents import ONE, ZERO, n_to
 from widthwise.derive.forward import walk_forward
 from widthwise.derive.laws import ZEROS
 from widthwise.derive.ops.registry import lookup
+from widthwise.derive.optimizers import Weight
 from widthwise.derive.optimizers import optimizer as law_of
 from widthwise.derive.table import KNOBS
-from widthwise.derive.update import solve_updates
+from widthwise.derive.update import solve_updates, weight_of
 
-Kind = Literal["forward", "gradient", "weight", "weight gradient", "own step", "upstream", "change"]
+Kind = Literal["forward", "gradient", "weight", "weight gradient", "step", "own step", "upstream", "change"]
 
 KINDS: Mapping[Kind, str] = {
     "forward": "rms of the tensor's entries at initialization",
     "gradient": "typical entry (geometric mean) of the loss gradient at initialization",
     "weight": "rms of the parameter's entries at initialization",
     "weight gradient": "typical entry of the parameter's gradient at initialization",
+    "step": "the parameter's own change, over its gradient where the optimizer's step follows that",
     "own step": "rms of ΔW·x: what the steps of the parameter itself change in the tensor it feeds",
     "upstream": "rms of W₀·Δx: what reaches that tensor from upstream",
     "change": "rms of the whole change of the tensor since initialization",
@@ -50,6 +52,12 @@ class Prediction:
     @property
     def key(self) -> tuple[Kind, str]:
         return self.kind, self.name
+
+
+def follows_gradient(optimizer: str) -> bool:
+    """Whether a step is as large, and as heavy-tailed, as the gradient (SGD), rather than of a size of its own."""
+    step = law_of(optimizer).step
+    return bool(step(Weight(ONE, ZERO)).entry != step(Weight(ZERO, ZERO)).entry)
 
 
 def used_in(role: str, tensor: str) -> str:
@@ -92,6 +100,9 @@ def predictions(graph: Graph, table: RuleTable) -> tuple[Prediction, ...]:
             continue
         found.append(Prediction("weight gradient", role, _number(walk.gradients[role].size)))
         update = updates[role]
+        entry = law.step(weight_of(walk, parameter)).entry
+        followed = walk.gradients[role].size if follows_gradient(table.optimizer) else ZERO
+        found.append(Prediction("step", role, _number(update.lr + entry - followed)))
         for tensor, effect, tolerated in zip(_uses(graph, role), update.effects, update.bounds, strict=True):
             size, limit = _number(update.lr + effect.value), _number(tolerated)
             found.append(Prediction("own step", used_in(role, tensor), size, tolerated=limit))

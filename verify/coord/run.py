@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import exp, log
+from math import exp, isfinite, log, sqrt
 from statistics import fmean
 
 import torch
@@ -13,8 +13,16 @@ from torch import Tensor
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.coord.subject import Batch, Model, Snapshot, Subject
 
+SHORT = 16  # rows with fewer entries than that are no sample of their own
+
 Key = tuple[str, str, int, str]
-"""(kind, name, step, statistic): what was measured, of what, after how many steps, and how."""
+"""(kind, name, step, statistic): what was measured, of what, after how many steps, and how.
+
+rms: of all entries. typical: the geometric mean of the rms of rows, along the last axis. Behind a norm gradients are
+heavy-tailed, because it divides by the tiny norms of a few tokens, and the rms of all tells of those alone; the
+geometric mean of single entries would feel how Gaussian they are, which changes with the width. entries: that mean all
+the same, of quantities whose rows are short. Zeros (gradients of tokens that do not occur) are left out.
+"""
 
 
 @dataclass
@@ -23,12 +31,7 @@ class Measurements:
 
     widths: tuple[int, ...]
     sizes: dict[Key, dict[int, list[float]]] = field(default_factory=dict)
-    shortest: dict[tuple[str, str], int] = field(default_factory=dict)  # last axis of each quantity, where smallest
-
-    def look(self, kind: str, name: str, step: int, seed: int, value: Tensor) -> None:
-        """Note the sizes of a tensor."""
-        self.note(kind, name, step, seed, rms=rms(value), typical=typical(value), entries=typical(value[..., None]))
-        self.shortest[kind, name] = min(value.shape[-1], self.shortest.get((kind, name), value.shape[-1]))
+    shortest: dict[tuple[str, str], int] = field(default_factory=dict)  # last axis of each, at the smallest width
 
     def note(self, kind: str, name: str, step: int, seed: int, **statistics: float) -> None:
         """Note numbers; a model's are noted width by width."""
@@ -66,11 +69,11 @@ def measure(
     progress: Callable[[], None] = lambda: None,
     into: Measurements | None = None,
 ) -> Measurements:
-    """Run ``steps`` optimizer steps on one batch a seed, looking at everything before the first and after each.
+    """Run ``steps`` optimizer steps on one batch a seed, looking at everything before the first and at changes
+    after each.
 
     ``progress`` is called after each model; what was measured goes ``into`` something that outlives an interruption,
-    if given. Denormal numbers are flushed on the CPU for as long as this runs, because
-    a decayed state is full of them.
+    if given. Denormal numbers are flushed on the CPU for as long as this runs, because a decayed state is full of them.
 
     Raises:
         Diverged: when a tensor, a gradient or a parameter stops being finite.
@@ -81,82 +84,94 @@ def measure(
         for seed in seeds:
             batch = subject.batch(seed)
             for width in widths:
-                _one(subject.make(width, seed), batch, steps, found, width, seed)
+                _one(subject.make(width, seed), batch, steps, _Look(found, width, seed))
                 progress()
     finally:
         torch.set_flush_denormal(False)
     return found
 
 
-def _one(model: Model, batch: Batch, steps: int, found: Measurements, width: int, seed: int) -> None:
+@dataclass(frozen=True)
+class _Look:
+    """Notes what is seen of one model."""
+
+    found: Measurements
+    width: int
+    seed: int
+
+    def at(self, kind: str, name: str, step: int, value: Tensor) -> None:
+        """Note the sizes of a tensor.
+
+        Raises:
+            Diverged: when not all of it is finite.
+        """
+        value = value.detach()
+        squares = value.square()
+        rows = squares.mean(-1) if value.dim() else squares
+        overall = float(rows.mean())
+        if not isfinite(overall):
+            raise Diverged(
+                f"{name} is not finite ({kind}, width {self.width}, step {step})",
+                cure="lower the learning rate (--lr), or see what the rules say of its scale",
+            )
+        found, seed = self.found, self.seed
+        if not value.dim():
+            found.note(kind, name, step, seed, value=float(value))
+            return
+        found.note(kind, name, step, seed, rms=sqrt(overall), typical=_geometric(rows))
+        if found.shortest.setdefault((kind, name), value.shape[-1]) < SHORT:
+            found.note(kind, name, step, seed, entries=_geometric(squares))
+
+    def change(self, kind: str, name: str, step: int, value: Tensor) -> None:
+        """The same of a change, and of the part of it that all tokens share: its mean over the batch is coherent, the
+        rest is not."""
+        self.at(kind, name, step, value)
+        if value.dim() > 2:
+            shared = value.flatten(0, 1).mean(0)
+            parts = {"coherent": shared, "incoherent": value - shared}
+            self.found.note(
+                kind, name, step, self.seed, **{key: sqrt(float(part.square().mean())) for key, part in parts.items()}
+            )
+
+
+def _one(model: Model, batch: Batch, steps: int, look: _Look) -> None:
     start: Snapshot | None = None
     for step in range(steps + 1):
         tensors = model.forward(batch)
-        _check_finite(tensors, f"width {width}, step {step}, forward")
-        now = Snapshot({name: each.detach() for name, each in tensors.items()}, _copies(model.parameters))
-        if start is None:
-            start = now
-            for role, value in now.parameters.items():
-                found.look("weight", role, 0, seed, value)
-        else:
-            for effect in model.effects(start, now, batch):
-                _note_change(found, "own step", effect.name, step, seed, effect.own)
-                if effect.upstream is not None:
-                    _note_change(found, "upstream", effect.name, step, seed, effect.upstream)
+        parameters = {role: value.detach() for role, value in model.parameters.items()}
+        now = Snapshot({name: each.detach() for name, each in tensors.items()}, parameters)
         for name, value in now.tensors.items():
-            if value.dim():
-                found.look("forward", name, step, seed, value)
-                if step:
-                    found.look("change", name, step, seed, value - start.tensors[name])
-            else:
-                found.note("forward", name, step, seed, value=float(value))
+            look.at("forward", name, step, value)
+        if start is None:
+            start = Snapshot(now.tensors, {role: value.clone() for role, value in parameters.items()})
+            for role, value in now.parameters.items():
+                look.at("weight", role, 0, value)
+        else:
+            with torch.no_grad():
+                for name, value in now.tensors.items():
+                    if value.dim():
+                        look.at("change", name, step, value - start.tensors[name])
+                for role, value in parameters.items() if step == 1 else ():
+                    look.at("step", role, step, value - start.parameters[role])
+                for effect in model.effects(start, now, batch):
+                    look.change("own step", effect.name, step, effect.own)
+                    if effect.upstream is not None:
+                        look.change("upstream", effect.name, step, effect.upstream)
         if step == steps:
             return
         model.optimizer.zero_grad(set_to_none=True)
         tensors["loss"].backward()  # type: ignore[no-untyped-call]
-        gradients = {name: each.grad for name, each in tensors.items() if each.retains_grad and each.grad is not None}
-        _check_finite(gradients, f"width {width}, step {step}, gradient of")
-        for name, gradient in gradients.items():
-            found.look("gradient", name, step, seed, gradient)
-        weights = {role: each.grad for role, each in model.parameters.items() if each.grad is not None}
-        _check_finite(weights, f"width {width}, step {step}, gradient of")
-        for role, gradient in weights.items():
-            found.look("weight gradient", role, step, seed, gradient)
+        if step == 0:
+            for name, value in reversed(tensors.items()):
+                if value.retains_grad and value.grad is not None:
+                    look.at("gradient", name, step, value.grad)
+            for role, value in model.parameters.items():
+                if value.grad is not None:
+                    look.at("weight gradient", role, step, value.grad)
         model.optimizer.step()
 
 
-def _note_change(found: Measurements, kind: str, name: str, step: int, seed: int, change: Tensor) -> None:
-    """A change with the part that all tokens share: its mean over the batch is coherent, the rest is not."""
-    found.look(kind, name, step, seed, change)
-    if change.dim() > 2:
-        shared = change.flatten(0, 1).mean(0)
-        found.note(kind, name, step, seed, coherent=rms(shared), incoherent=rms(change - shared))
-
-
-def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {role: value.detach().clone() for role, value in parameters.items()}
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise Diverged(
-                f"{name} is not finite ({where})",
-                cure="lower the learning rate, or see what the rules say of its scale",
-            )
-
-
-def rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def typical(x: Tensor) -> float:
-    """The size of a typical row: rms along the last axis, geometric mean over all others.
-
-    Behind a norm gradients are heavy-tailed, because it divides by the tiny norms of a few tokens, and the rms of all
-    tells of those alone. (The geometric mean of single entries would also feel how Gaussian they are, which changes
-    with the width.) Rows of zeros, such as the gradients of tokens that do not occur, are left out.
-    """
-    rows = x.square().mean(-1)
-    rows = rows[rows > 0]
-    return float(rows.log().mean().div(2).exp()) if rows.numel() else 0.0
+def _geometric(squares: Tensor) -> float:
+    """The root of the geometric mean of those that are not zero."""
+    found = squares[squares > 0]
+    return exp(float(found.log().mean()) / 2) if found.numel() else 0.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
+from widthwise.verify.coord.alignment import SUMS, Alignment, obeys
 from widthwise.verify.coord.check import Report
 from widthwise.verify.coord.stats import MEANING, Result, Verdict
 
@@ -29,7 +32,7 @@ def terminal(report: Report) -> Iterator[RenderableType]:
     yield from _table(
         report,
         "parameters",
-        [("at init", "weight", 0), ("gradient", "weight gradient", 0)],
+        [("at init", "weight", 0), ("gradient", "weight gradient", 0), ("first step", "step", 1)],
     )
     yield from _table(
         report,
@@ -106,3 +109,34 @@ def summary(report: Report) -> Iterator[RenderableType]:
         yield Text(f"  {line}")
     if report.interrupted:
         yield Text(f"\ninterrupted after {report.seeds} seeds", "bold yellow")
+
+
+def alignments(measured: Sequence[Alignment], widths: Sequence[int], assumed: str) -> Iterator[RenderableType]:
+    """How coherent each sum is, which assumption set that is, and where another one would take over."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for kind, meaning in SUMS.items():
+        rows = [each for each in measured if each.kind == kind]
+        if not rows:
+            continue
+        grid = Table(title=f"{kind}: {meaning}", title_justify="left", title_style="bold", header_style="bold")
+        for heading in ("", "step", "slope (0 to", "coherent)", "ratio", "", "coherent from"):
+            grid.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
+        for each in rows:
+            slope = f"{each.slope.value:+.2f} ± {each.slope.error:.2f}"
+            reached = each.verdict == "coherent" or each.crossover == inf
+            crossover = "" if reached else f"n ≈ {each.crossover:.2g}"
+            grid.add_row(
+                each.name, str(each.step), slope, power(each.half), f"{each.ratio:.2f}", each.verdict, crossover
+            )
+        yield grid
+    yield Text(f"\nat widths {widths[0]} to {widths[-1]}", "bold")
+    for kind in SUMS:
+        seen = Counter(each.verdict for each in measured if each.kind == kind)
+        if seen:
+            yield Text(f"  {kind}: " + ", ".join(f"{count} {verdict}" for verdict, count in seen.most_common()))
+    obeyed = obeys(measured)
+    yield Text(
+        f"  so it obeys: {' or '.join(obeyed) or 'none of the assumption sets throughout'}; derived under: {assumed}"
+    )

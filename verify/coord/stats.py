@@ -9,18 +9,17 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from widthwise.verify.coord.predict import Prediction
-from widthwise.verify.coord.run import Measurements
+from widthwise.verify.coord.run import SHORT, Measurements
 
 Verdict = Literal["ok", "drift", "unresolved", "fail"]
 
 TOLERANCE = 0.1
 BETWEEN = 0.25  # halfway to the next exponent, since those of rules differ by halves
-SHORT = 16  # rows with fewer entries than that are no sample of their own
 MEANING: dict[Verdict, str] = {
     "ok": f"within {TOLERANCE} or two standard errors of the prediction",
     "drift": f"further off than that, and still nearest to the prediction (within {BETWEEN}): finite-size effects",
     "unresolved": "the standard error is too large to tell the prediction from its neighbours at ±1/2",
-    "fail": f"further than {BETWEEN} and three standard errors from the prediction: another exponent",
+    "fail": f"further than {BETWEEN} from the prediction, even less two standard errors: another exponent",
 }
 
 
@@ -79,7 +78,7 @@ def judge(slope: Slope, predicted: float, bound: bool = False) -> Verdict:
     """The verdict on one slope; of a bound, only what exceeds it counts."""
     off = slope.value - predicted
     off = max(0.0, off) if bound else abs(off)
-    if off > BETWEEN and off > 3 * slope.error:
+    if off - 2 * slope.error > BETWEEN:
         return "fail"
     if off > BETWEEN or 2 * slope.error > BETWEEN:
         return "unresolved"
@@ -91,38 +90,35 @@ def results(
 ) -> tuple[Result, ...]:
     """Every prediction that was measured: sizes and gradients before the first step, changes after the first and the
     last. ``follows_gradient``: the optimizer's step is as heavy-tailed as the gradient (SGD)."""
-    results = []
+    made = []
     for each in predicted:
-        changes = each.kind in ("own step", "upstream", "change")
-        for step in sorted({1, steps}) if changes else (0,):
-            statistic = _statistic(found, each, step, follows_gradient)
+        last = {1, steps} if each.kind in ("own step", "upstream", "change") else {1 if each.kind == "step" else 0}
+        for step in sorted(last):
+            statistic = _statistic(found, each, follows_gradient)
             rows = found.rows(each.kind, each.name, step, statistic)
-            if not rows:
-                continue
+            if each.kind == "step" and follows_gradient:
+                beside = found.rows("weight gradient", each.name, 0, statistic)
+                rows = [
+                    [a / b if b else 0.0 for a, b in zip(*both, strict=True)] for both in zip(rows, beside, strict=True)
+                ]
             if all(size == 0.0 for row in rows for size in row):
-                continue  # a change that there is not, such as W₀·Δx of the first linear map under a frozen embedding
-            rows = [row for row in rows if min(row) > 0.0]
-            slope = fit(found.widths, rows) if rows else Slope(nan, inf, nan, inf)
-            verdict = judge(slope, each.exponent, each.bound) if rows else "unresolved"
-            sizes = tuple(_typical(column) for column in zip(*rows, strict=True))
-            results.append(
-                Result(
-                    each.kind,
-                    each.name,
-                    step,
-                    statistic,
-                    each.exponent,
-                    each.bound,
-                    each.tolerated,
-                    slope,
-                    verdict,
-                    sizes,
-                )
-            )
-    return tuple(results)
+                continue  # not measured, or a change that there is not: no row of the embedding is upstream of it
+            made.append(_result(found.widths, each, step, statistic, [row for row in rows if min(row) > 0.0]))
+    return tuple(made)
 
 
-def _statistic(found: Measurements, each: Prediction, step: int, follows_gradient: bool) -> str:
+def _result(
+    widths: Sequence[int], each: Prediction, step: int, statistic: str, rows: Sequence[Sequence[float]]
+) -> Result:
+    slope = fit(widths, rows) if rows else Slope(nan, inf, nan, inf)
+    sizes = tuple(exp(fmean(map(log, column))) for column in zip(*rows, strict=True))
+    verdict = judge(slope, each.exponent, each.bound) if rows else "unresolved"
+    return Result(
+        each.kind, each.name, step, statistic, each.exponent, each.bound, each.tolerated, slope, verdict, sizes
+    )
+
+
+def _statistic(found: Measurements, each: Prediction, follows_gradient: bool) -> str:
     """How a quantity's size is taken. Short rows (one entry a head) are taken entry by entry, because the rms of a few
     entries of a wide distribution is small on average, and less so as they grow in number. Gradients are taken by
     their typical row, and so are changes that inherit their heavy tails."""
@@ -130,7 +126,3 @@ def _statistic(found: Measurements, each: Prediction, step: int, follows_gradien
         return "entries"
     heavy = each.kind in ("gradient", "weight gradient") or (each.kind != "forward" and follows_gradient)
     return "typical" if heavy and each.kind != "weight" else "rms"
-
-
-def _typical(sizes: Sequence[float]) -> float:
-    return exp(fmean(map(log, sizes)))

@@ -30,6 +30,11 @@ def finding(result: Result) -> str:
             f"{role}: {what} goes as {measured} {when} where {derived} was derived: its learning rate is {excess} too "
             f"{large}, or its gradient is not what the rule takes it for."
         )
+    if result.kind == "step":
+        return (
+            f"{role} steps as {measured} where {derived} was derived: its learning rate is {excess} too {large}, or "
+            "eps is in the way."
+        )
     if result.kind == "upstream":
         return (
             f"{role}'s contribution to {tensor} grows as {measured} {when}, where {derived} was the bound: its "
