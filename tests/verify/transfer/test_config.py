@@ -1,0 +1,88 @@
+"""Sweep files are read with suspicion; runs are what their content says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+from widthwise.derive.errors import DeriveError
+from widthwise.verify.transfer.config import Sweep, read_sweep
+
+FILE = """
+name = "try"
+architecture = "gated_deltanet"
+optimizer = "adamw"
+base_width = 16
+widths = [16, 32]
+learning_rates = [0.004, 0.016]
+parametrizations = ["standard", "liu-gu-2026", "widthwise"]
+
+[sizes]
+depth = 1
+H = 2
+d_k = 4
+d_v = 8
+ffn = 32
+
+[training]
+steps = 4
+batch = 2
+length = 16
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    (tmp_path / "sweep.toml").write_text(FILE)
+    return read_sweep(tmp_path / "sweep.toml")
+
+
+def test_the_grid_is_whole_and_small_models_come_first(sweep: Sweep) -> None:
+    runs = list(sweep.runs())
+    assert len(runs) == len({run.key for run in runs}) == 12
+    assert [run.width for run in runs] == [16] * 6 + [32] * 6
+    assert {run.base_width for run in runs if run.parametrization == "standard"} == {16, 32}
+    assert {run.base_width for run in runs if run.parametrization != "standard"} == {16}
+
+
+def test_a_key_is_what_a_run_is(sweep: Sweep) -> None:
+    runs = list(sweep.runs())
+    assert [run.key for run in runs] == [run.key for run in sweep.runs()]
+    assert replace(runs[0], seed=1).key != runs[0].key
+    assert replace(runs[0], rules="sha256:other").key != runs[0].key
+    assert replace(runs[0], training=replace(runs[0].training, clip=0.5)).key != runs[0].key
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('name = "try"', "", "lacks name"),
+        ("steps = 4", 'steps = "4"', "steps cannot be '4'"),
+        ("steps = 4", "steps = true", "steps cannot be True"),
+        ("steps = 4", "steps = 0", "must be positive"),
+        ("batch = 2", "batch = 3\naccumulate = 2", "multiple of accumulate"),
+        ("length = 16", "length = 16\nlenght = 3", "lenght"),
+        ("widths = [16, 32]", "widths = [32]", "lack the base width 16"),
+        ("widths = [16, 32]", "widths = [16, 16]", "not different"),
+        ("widths = [16, 32]", "widths = []", r"widths cannot be \[\]"),
+        ("[0.004, 0.016]", "[0.0, 0.016]", "must be positive"),
+        ("[training]", "[trainning]", r"no \[training\]"),
+        ("[training]", "[training", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in FILE
+    (tmp_path / "sweep.toml").write_text(FILE.replace(old, new))
+    with pytest.raises(DeriveError, match=says):
+        read_sweep(tmp_path / "sweep.toml")
+
+
+def test_a_preset_that_there_is_not(sweep: Sweep) -> None:
+    with pytest.raises(DeriveError, match="preset"):
+        list(replace(sweep, parametrizations=("nobody-2026",)).runs())
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DeriveError, match="cannot read"):
+        read_sweep(tmp_path / "sweep.toml")

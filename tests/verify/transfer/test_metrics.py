@@ -1,0 +1,69 @@
+"""Optimum, shift, regret and sensitivity of curves that are known."""
+
+import math
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+from widthwise.verify.transfer.metrics import curves, transfers
+
+
+def entries(width: int, optimum: float, floor: float, *, name: str = "ours", seeds: int = 1) -> list[dict[str, Any]]:
+    """A parabola in log2 of the learning rate, half an octave a point."""
+    return [
+        {
+            "parametrization": name,
+            "width": width,
+            "lr": 2.0 ** (step / 2),
+            "seed": seed,
+            "loss": floor + 0.1 * (step / 2 - optimum) ** 2 + 0.01 * seed,
+            "diverged": None,
+        }
+        for step in range(-16, 1)
+        for seed in range(seeds)
+    ]
+
+
+def test_the_optimum_is_found_between_points() -> None:
+    (curve,) = curves(entries(64, -4.2, 2.0))
+    assert curve.optimum == pytest.approx(-4.2)
+    assert not curve.at_edge
+
+
+def test_shift_and_regret_are_those_of_transferring_from_the_base() -> None:
+    found = {each.width: each for each in transfers(entries(64, -4.0, 2.0) + entries(256, -5.5, 1.8))}
+    assert (found[64].shift, found[64].regret) == (0, 0)
+    assert found[256].shift == pytest.approx(-1.5)
+    assert found[256].regret == pytest.approx(0.1 * 1.5**2)
+    assert found[256].best_lr == 2**-5.5
+    assert found[64].sensitivity == pytest.approx(0.1)
+
+
+def test_errors_come_from_seeds() -> None:
+    found = {each.width: each for each in transfers(entries(64, -4, 2, seeds=3) + entries(256, -5, 2, seeds=3))}
+    assert found[256].error == pytest.approx(math.hypot(*[0.01 / 3**0.5] * 2))
+
+
+def test_divergence_counts_as_an_infinite_loss() -> None:
+    rows = entries(64, -4.0, 2.0) + entries(256, -6.0, 1.8)
+    for row in rows:
+        if row["width"] == 256 and row["lr"] >= 2**-4:
+            row |= {"diverged": 3, "loss": None}
+    found = {each.width: each for each in transfers(rows)}
+    assert found[256].regret == math.inf
+    assert found[256].diverged == 9
+
+
+def test_an_optimum_at_the_end_of_the_grid_is_marked() -> None:
+    (found,) = transfers(entries(64, 3.0, 2.0))
+    assert found.at_edge
+
+
+def test_parametrizations_are_kept_apart() -> None:
+    found = transfers(entries(64, -4, 2) + entries(64, -2, 2, name="standard") + entries(256, -6, 2, name="standard"))
+    assert [(each.parametrization, each.width, round(each.shift, 6)) for each in found] == [
+        ("ours", 64, 0),
+        ("standard", 64, 0),
+        ("standard", 256, -4),
+    ]

@@ -1,0 +1,192 @@
+"""Sweeps survive what happens to them: kills, full disks, bad data, short memory, divergence."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+from click.testing import CliRunner
+
+from widthwise.cli import cli
+from widthwise.derive.errors import DeriveError
+from widthwise.verify.transfer import execute, train
+from widthwise.verify.transfer.config import Run, Sweep, read_sweep
+from widthwise.verify.transfer.results import Results
+from widthwise.verify.transfer.sweep import carry_out
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog; " * 2000)
+    (tmp_path / "sweep.toml").write_text(
+        f"""
+name = "try"
+architecture = "gated_deltanet"
+optimizer = "adamw"
+base_width = 16
+widths = [16, 32]
+learning_rates = [0.004, 0.016]
+data = "{tmp_path}/text"
+[sizes]
+depth = 1
+H = 2
+d_k = 4
+d_v = 8
+ffn = 32
+[training]
+steps = 4
+batch = 2
+length = 16
+validation = 1
+"""
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def sweep(folder: Path) -> Sweep:
+    return read_sweep(folder / "sweep.toml")
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def test_a_sweep_runs_once_and_reports(folder: Path) -> None:
+    result = run("sweep", folder / "sweep.toml")
+    assert result.exit_code == 0, result.output
+    assert len(Results(folder / "sweep.jsonl").load()) == 8
+    before = (folder / "sweep.jsonl").read_bytes()
+    again = run("sweep", folder / "sweep.toml")
+    assert "8 runs, 8 of them finished before" in again.output
+    assert (folder / "sweep.jsonl").read_bytes() == before
+    assert run("plot", folder / "sweep.jsonl", "--markdown").output.count("| widthwise | 32 |") == 1
+
+
+def test_equal_runs_have_equal_losses_and_the_base_width_is_common(sweep: Sweep) -> None:
+    runs = {(each.parametrization, each.width, each.lr): each for each in sweep.runs()}
+    one = train.train(runs["widthwise", 16, 0.004])
+    assert one["loss"] == train.train(runs["widthwise", 16, 0.004])["loss"]
+    assert one["loss"] == train.train(runs["standard", 16, 0.004])["loss"]
+    assert one["loss"] != train.train(replace(runs["standard", 16, 0.004], seed=1))["loss"]
+
+
+def test_a_killed_sweep_goes_on(folder: Path) -> None:
+    text = (folder / "sweep.toml").read_text().replace("steps = 4", "steps = 40")
+    (folder / "sweep.toml").write_text(text)
+    command = [sys.executable, "-m", "widthwise", "sweep", str(folder / "sweep.toml")]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL)
+    results = folder / "sweep.jsonl"
+    until = time.monotonic() + 120
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = Results(results).load()
+    with results.open("ab") as file:
+        file.write(b'{"key": "cut sho')  # as a kill in the middle of a line would leave it
+    assert Results(results).load() == finished
+    assert run("sweep", folder / "sweep.toml").exit_code == 0
+    after = Results(results).load()
+    assert len(after) == 8
+    assert finished.items() <= after.items()
+    assert all(json.loads(line) for line in results.read_text().splitlines())
+
+
+def test_a_full_disk_loses_nothing(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "sweep.jsonl"
+    results, runs = Results(path), list(sweep.runs())
+    outcome = {"loss": 1.0, "diverged": None}
+    results.add(runs[0], outcome)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DeriveError, match="No space left on device"):
+        results.add(runs[1], outcome)
+    assert path.read_bytes() == before
+
+
+def test_results_that_are_none_are_refused(folder: Path) -> None:
+    (folder / "sweep.jsonl").write_text('{"key": "a"}\nnot a result\n')
+    result = run("sweep", folder / "sweep.toml")
+    assert result.exit_code == 2
+    assert "line 2 of" in result.output
+
+
+def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path, sweep: Sweep) -> None:
+    failures = carry_out(replace(sweep, data=str(folder / "nothing")), folder / "results.jsonl")
+    assert len(failures) == 8
+    assert "there is no" in failures[0]
+    assert not (folder / "results.jsonl").exists()
+
+
+def test_short_memory_fails_one_run(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attempt(asked: Run) -> dict[str, Any]:
+        if asked.width == 32 and asked.lr == 0.016:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return {"loss": 1.0, "diverged": None, "seconds": 1.0}
+
+    monkeypatch.setattr(train, "train", attempt)
+    failures = carry_out(sweep, folder / "results.jsonl")
+    assert len(failures) == 2
+    assert "out of memory: run fewer at a time" in failures[0]
+    assert len(Results(folder / "results.jsonl").load()) == 6
+
+
+def test_divergence_is_recorded(sweep: Sweep) -> None:
+    outcome = train.train(replace(next(sweep.runs()), lr=1e30))
+    assert outcome["diverged"] is not None
+    assert outcome["loss"] is None
+
+
+@pytest.mark.parametrize("how", ["local", "ray"])
+def test_several_at_a_time_give_the_same(folder: Path, sweep: Sweep, how: str, request: pytest.FixtureRequest) -> None:
+    if how == "ray":
+        request.getfixturevalue("cluster")
+    runs = [each for each in sweep.runs() if each.parametrization == "widthwise"]
+    outcomes = {each.key: outcome for each, outcome in execute.executor(how)(runs, 2)}
+    assert {each.key for each in runs} == set(outcomes)
+    assert outcomes[runs[0].key]["loss"] == train.train(runs[0])["loss"]
+
+
+@pytest.fixture
+def cluster() -> Any:
+    """Two Ray nodes on this machine."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made.add_node(num_cpus=1)
+    ray.init(address=made.address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT / "src")}})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_recall_can_be_learned_from_the_sequence_alone() -> None:
+    from widthwise.verify.transfer import mqar
+
+    tokens, targets = next(mqar.batches(3, 32, seed=0))
+    assert tokens.shape == targets.shape == (3, 32)
+    for row, answers in zip(tokens, targets, strict=True):
+        pairs = dict(zip(row[:16:2].tolist(), row[1:16:2].tolist(), strict=True))
+        asked = (answers != mqar.IGNORED).nonzero().flatten().tolist()
+        assert len(asked) == 8
+        assert all(pairs[int(row[place])] == int(answers[place]) for place in asked)
+        assert all(int(row[place + 1]) == int(answers[place]) for place in asked)

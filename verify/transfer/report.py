@@ -1,0 +1,93 @@
+"""Transfer as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from widthwise.derive.errors import DeriveError
+from widthwise.verify.transfer.metrics import Curve, Transfer, curves, transfers
+
+HEADINGS = ("parametrization", "width", "best lr", "loss there", "shift, octaves", "regret, nats", "one octave off")
+
+
+def rows(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table's cells. An optimum at an edge of the grid is marked, since it may lie beyond."""
+    return [_row(each) for each in transfers(entries)]
+
+
+def _row(each: Transfer) -> tuple[str, ...]:
+    edge = " (edge)" if each.at_edge else ""
+    error = f" ± {each.error:.4f}" if each.error > 0 else ""
+    return (
+        each.parametrization,
+        str(each.width),
+        f"{each.best_lr:.4g}{edge}",
+        f"{each.best_loss:.4f}",
+        f"{each.shift:+.2f}",
+        "diverged" if math.isinf(each.regret) else f"{each.regret:.4f}{error}",
+        "·" if math.isnan(each.sensitivity) else f"{each.sensitivity:.4f}",
+    )
+
+
+def table(entries: Iterable[Mapping[str, Any]]) -> Table:
+    """For the terminal."""
+    made = Table()
+    for index, heading in enumerate(HEADINGS):
+        made.add_column(heading, justify="left" if index == 0 else "right")
+    for row in rows(entries):
+        made.add_row(*row)
+    return made
+
+
+def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
+    """For a page."""
+    lines = [" | ".join(HEADINGS), " | ".join(["---"] + ["---:"] * (len(HEADINGS) - 1))]
+    lines += [" | ".join(row) for row in rows(entries)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def plot(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Loss against log2 of the learning rate: a panel a parametrization, a line a width, lowest points marked.
+
+    Raises:
+        DeriveError: without matplotlib, or when the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DeriveError("plots need matplotlib", cure="pip install 'widthwise[plot]'") from None
+    families: dict[str, list[Curve]] = {}
+    for curve in curves(entries):
+        families.setdefault(curve.parametrization, []).append(curve)
+    figure = Figure(figsize=(4.4 * len(families), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    low = min(min(curve.losses) for family in families.values() for curve in family)
+    ends = [curve.losses[curve.best] for family in families.values() for curve in family]
+    for axis, (name, family) in zip(axes, families.items(), strict=True):
+        for shade, curve in enumerate(family):
+            color = (0.1, 0.2 + 0.6 * shade / max(1, len(family) - 1), 0.9 - 0.7 * shade / max(1, len(family) - 1))
+            kept = [
+                (math.log2(lr), loss, error)
+                for lr, loss, error in zip(curve.lrs, curve.losses, curve.errors, strict=True)
+                if math.isfinite(loss)
+            ]
+            if not kept:
+                continue
+            x, y, error = zip(*kept, strict=True)
+            axis.errorbar(x, y, [0 if math.isnan(each) else each for each in error], color=color, label=curve.width)
+            axis.plot(math.log2(curve.lrs[curve.best]), curve.losses[curve.best], "o", color=color)
+        axis.set(title=name, xlabel="log2 learning rate at the base width")
+        axis.set_ylim(low - 0.05, max(ends) + 0.5)
+        axis.legend(title="width")
+    axes[0].set_ylabel("loss, nats a token")
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise DeriveError(
+            f"cannot write {path}: {error.strerror}", cure="give a file in a folder that exists"
+        ) from None

@@ -1,0 +1,77 @@
+"""Results on disk: one JSON line a run, appended whole: a sweep killed at any moment has lost no finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from widthwise.derive.errors import DeriveError
+from widthwise.verify.transfer.config import Run
+
+
+class Results:
+    """A results file. A last line cut short by a kill or a full disk is taken away before anything is added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> dict[str, dict[str, Any]]:
+        """Every finished run by its key.
+
+        Raises:
+            DeriveError: for a file that holds something else.
+        """
+        if not self.path.exists():
+            return {}
+        text = _guarded(self.path.read_bytes, self.path)
+        whole, _, _torn = text.rpartition(b"\n")
+        found = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                found[entry["key"]] = entry
+            except (ValueError, TypeError, KeyError):
+                raise DeriveError(
+                    f"line {number} of {self.path} is no result of a run", cure="give another file, or mend this one"
+                ) from None
+        return found
+
+    def add(self, run: Run, outcome: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one finished run, and wait until it is on disk.
+
+        Raises:
+            DeriveError: when it cannot be written; the lines before it are untouched.
+        """
+        entry = {"key": run.key, **asdict(run), **outcome}
+        line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+        _guarded(lambda: self._append(line), self.path)
+        return entry
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            whole = file.read().rfind(b"\n") + 1
+            if whole < end:
+                file.truncate(whole)
+            try:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)
+                raise
+
+
+def _guarded(action: Any, path: Path) -> Any:
+    try:
+        return action()
+    except OSError as error:
+        raise DeriveError(
+            f"{path}: {error.strerror}", cure="make room or give another file; what was finished is kept"
+        ) from None
