@@ -87,7 +87,7 @@ class Sweep:
     options: tuple[str, ...] = field(default=())
 
     def runs(self) -> Iterator[Run]:
-        """All runs, small models first.
+        """All runs, small models first. At the base width parametrizations are one and the same, and run once.
 
         Raises:
             DeriveError: for a parametrization that there is not.
@@ -96,6 +96,8 @@ class Sweep:
         for name, width, lr, seed in itertools.product(
             self.parametrizations, self.widths, self.learning_rates, self.seeds
         ):
+            if width == self.base_width and name != self.parametrizations[0]:
+                continue
             request = self._request(name)
             base = width if name == STANDARD else self.base_width
             runs.append(

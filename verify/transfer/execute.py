@@ -26,10 +26,10 @@ def attempt(run: Run) -> Outcome:
         return train(run)
     except DeriveError as error:
         return {FAILED: f"{error.what} ({error.cure})" if error.cure else error.what}
-    except RuntimeError as error:
+    except Exception as error:  # whatever it is, the runs after it must go on
         if "out of memory" in str(error).lower():
             return {FAILED: "out of memory: run fewer at a time (--jobs), or use checkpoint or accumulate"}
-        return {FAILED: f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {FAILED: f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def local(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, Outcome]]:

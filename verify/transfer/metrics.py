@@ -65,11 +65,15 @@ class Transfer:
 
 
 def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """All curves of a results file."""
+    """All curves of a results file; runs at the base width count for every parametrization, as they are the same."""
+    entries = list(entries)
+    names = {entry["parametrization"] for entry in entries}
     points: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
         loss = math.inf if entry["diverged"] is not None else entry["loss"]
-        points[entry["parametrization"], entry["width"]][entry["lr"]].append(loss)
+        at_base = entry["width"] == entry["sizes"]["width"]
+        for name in names if at_base else {entry["parametrization"]}:
+            points[name, entry["width"]][entry["lr"]].append(loss)
     made = []
     for (name, width), by_lr in sorted(points.items()):
         lrs = sorted(by_lr)

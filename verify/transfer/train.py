@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import platform
 import sys
 import tempfile
 import time
@@ -134,6 +135,7 @@ def train(run: Run) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 2),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
+        "python": platform.python_version(),  # whose library is the default text
     }
 
 

@@ -66,20 +66,24 @@ def run(*arguments: object) -> Any:
 def test_a_sweep_runs_once_and_reports(folder: Path) -> None:
     result = run("sweep", folder / "sweep.toml")
     assert result.exit_code == 0, result.output
-    assert len(Results(folder / "sweep.jsonl").load()) == 8
+    assert len(Results(folder / "sweep.jsonl").load()) == 6
     before = (folder / "sweep.jsonl").read_bytes()
     again = run("sweep", folder / "sweep.toml")
-    assert "8 runs, 8 of them finished before" in again.output
+    assert "6 runs, 6 of them finished before" in again.output
     assert (folder / "sweep.jsonl").read_bytes() == before
     assert run("plot", folder / "sweep.jsonl", "--markdown").output.count("| widthwise | 32 |") == 1
 
 
 def test_equal_runs_have_equal_losses_and_the_base_width_is_common(sweep: Sweep) -> None:
     runs = {(each.parametrization, each.width, each.lr): each for each in sweep.runs()}
-    one = train.train(runs["widthwise", 16, 0.004])
-    assert one["loss"] == train.train(runs["widthwise", 16, 0.004])["loss"]
-    assert one["loss"] == train.train(runs["standard", 16, 0.004])["loss"]
-    assert one["loss"] != train.train(replace(runs["standard", 16, 0.004], seed=1))["loss"]
+    at_base = runs["standard", 16, 0.004]
+    one = train.train(at_base)["loss"]
+    assert one == train.train(at_base)["loss"]
+    for name in ("widthwise", "liu-gu-2026"):
+        other = next(run for run in replace(sweep, parametrizations=(name,)).runs())
+        assert (other.parametrization, other.width, other.lr) == (name, 16, 0.004)
+        assert one == train.train(other)["loss"]
+    assert one != train.train(replace(at_base, seed=1))["loss"]
 
 
 def test_a_killed_sweep_goes_on(folder: Path) -> None:
@@ -101,7 +105,7 @@ def test_a_killed_sweep_goes_on(folder: Path) -> None:
     assert Results(results).load() == finished
     assert run("sweep", folder / "sweep.toml").exit_code == 0
     after = Results(results).load()
-    assert len(after) == 8
+    assert len(after) == 6
     assert finished.items() <= after.items()
     assert all(json.loads(line) for line in results.read_text().splitlines())
 
@@ -131,7 +135,7 @@ def test_results_that_are_none_are_refused(folder: Path) -> None:
 
 def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path, sweep: Sweep) -> None:
     failures = carry_out(replace(sweep, data=str(folder / "nothing")), folder / "results.jsonl")
-    assert len(failures) == 8
+    assert len(failures) == 6
     assert "there is no" in failures[0]
     assert not (folder / "results.jsonl").exists()
 
@@ -146,7 +150,7 @@ def test_short_memory_fails_one_run(folder: Path, sweep: Sweep, monkeypatch: pyt
     failures = carry_out(sweep, folder / "results.jsonl")
     assert len(failures) == 2
     assert "out of memory: run fewer at a time" in failures[0]
-    assert len(Results(folder / "results.jsonl").load()) == 6
+    assert len(Results(folder / "results.jsonl").load()) == 4
 
 
 def test_divergence_is_recorded(sweep: Sweep) -> None:
