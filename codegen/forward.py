@@ -14,7 +14,7 @@ from widthwise.codegen.tree import Unit
 from widthwise.codegen.values import Values
 from widthwise.derive.graph import Dim
 
-INLINE = 72  # characters of an unnamed tensor's expression that may stand inside of another
+INLINE = 80  # characters of an unnamed tensor's expression that may stand inside of another
 
 
 @dataclass

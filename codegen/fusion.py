@@ -17,11 +17,11 @@ TOKENS = "<tokens>"  # what an embedding reads, which is no tensor of the graph
 
 @dataclass(frozen=True)
 class Call:
-    """One call, named after the node that it ends with. ``reads`` are the tensors it needs, parameters not among them;
+    """One call, named after the node that it ends with. ``takes`` are its arguments, weights of layers not among them;
     ``absorbed`` the nodes before the last one."""
 
     kind: str
-    reads: tuple[str, ...]
+    takes: tuple[str, ...]
     absorbed: tuple[str, ...] = ()
     normalize: bool = False
     log_of_decay: str = ""
@@ -55,8 +55,7 @@ def calls(plan: Plan) -> Mapping[str, Call]:
     taken = {name for call in found.values() for name in call.absorbed}
     for node in graph.ordered:
         if node.output not in found and node.output not in taken:
-            reads = tuple(name for name in node.inputs if name not in graph.parameters)
-            found[node.output] = Call(node.op, (TOKENS,) if node.op == "embedding" else reads)
+            found[node.output] = Call(node.op, (TOKENS,) if node.op == "embedding" else node.inputs)
     return {node.output: found[node.output] for node in graph.ordered if node.output not in taken}
 
 

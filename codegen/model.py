@@ -21,7 +21,7 @@ from widthwise.codegen.values import Names
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO
-from widthwise.derive.graph import Dim, Node, atoms
+from widthwise.derive.graph import Dim, Node, Parameter, atoms
 
 _TAKEN = (
     "F Tensor nn torch Mapping Sequence annotations checkpointing dataclass hashlib re gated_delta_rule "
@@ -75,7 +75,7 @@ def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
         "usual": USUAL,
         "eps": _eps(graph),
         "multipliers": [(each.role, ".".join((*tree.where[name], each.attribute))) for name, each in placed.items()],
-        "laws": [(parameter.patterns[0], parameter.law) for parameter in graph.parameters.values()],
+        "laws": [_law(parameter) for parameter in graph.parameters.values()],
         "generates": inputs == (TOKENS,),
         "caches": caches,
         "summary": model.forward.summary if len(model.forward.summary) < WIDTH - 12 else "The forward pass.",
@@ -107,6 +107,16 @@ def _multiplied(graph: Graph, table: RuleTable) -> dict[str, tuple[str, str]]:
         if carrier or (role and exponents.get(role) not in (None, ZERO)):
             found[node.output] = (role, role if node.op == "scale" else f"{role}_multiplier")
     return found
+
+
+def _law(parameter: Parameter) -> tuple[str, str, float, float]:
+    """(pattern, name of the law, low, high)."""
+    low, high = float(parameter.law.low), float(parameter.law.high)
+    if not (isfinite(low) and isfinite(high)):
+        raise DeriveError(
+            f"{parameter.role} is drawn between {low} and {high}", where=parameter.where, cure="give a finite range"
+        )
+    return parameter.patterns[0], parameter.law.name, low, high
 
 
 def _place(axis: str) -> int:

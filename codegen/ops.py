@@ -156,7 +156,7 @@ def _bare(at: Values, name: str) -> bool:
 
 
 def _scan(at: Values, node: Node, call: Call) -> Code:
-    q, k, v, *gates = call.reads
+    q, k, v, *gates = call.takes
     decay = "None"
     if node.attrs["decay"]:
         decay = at.value(gates.pop(0)).text
@@ -184,7 +184,7 @@ def _attention(at: Values, node: Node, call: Call) -> Code:
     at.helpers.add("attention")
     return called(
         "_attended",
-        *(at.value(name, narrow=True).text for name in call.reads),
+        *(at.value(name, narrow=True).text for name in call.takes),
         f"scale={factor.text}",
         "cache=cache",
         f'key=(self, "{at.names.variables[node.output]}")',

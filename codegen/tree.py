@@ -34,6 +34,14 @@ class Tree:
         return {name: call for name, call in calls(plan).items() if call.kind not in ("input", "cross_entropy")}
 
     @cached_property
+    def read(self) -> Mapping[str, tuple[str, ...]]:
+        """The tensors that each call takes, without parameters."""
+        return {
+            name: tuple(each for each in call.takes if each not in self.graph.parameters)
+            for name, call in self.calls.items()
+        }
+
+    @cached_property
     def logits(self) -> str:
         """What the loss is taken of.
 
@@ -91,18 +99,18 @@ class Tree:
     def inputs(self, path: Path) -> tuple[str, ...]:
         """The tensors that a container reads and does not make; a block's own input first."""
         made = set(self.members(path))
-        read = dict.fromkeys(name for each in self.members(path) for name in self.calls[each].reads if name not in made)
+        read = dict.fromkeys(name for each in self.members(path) for name in self.read[each] if name not in made)
         start = next((start for start, end in self.graph.carries if end in made and start in read), "")
         return tuple(sorted(read, key=lambda name: name != start) if path[-1:] == ("*",) else read)
 
     def outputs(self, path: Path) -> tuple[str, ...]:
         """The tensors that a container makes and others read."""
         made = self.members(path)
-        elsewhere = {name for other, call in self.calls.items() if other not in set(made) for name in call.reads}
+        elsewhere = {name for other, read in self.read.items() if other not in set(made) for name in read}
         return tuple(name for name in made if name in elsewhere or name == self.logits)
 
     def reads(self, unit: Unit) -> tuple[str, ...]:
-        return self.calls[unit].reads if isinstance(unit, str) else self.inputs(unit)
+        return self.read[unit] if isinstance(unit, str) else self.inputs(unit)
 
     def writes(self, unit: Unit) -> tuple[str, ...]:
         return (unit,) if isinstance(unit, str) else self.outputs(unit)

@@ -83,6 +83,24 @@ def scanned(normalized: str = "both") -> Graph:
     return g.build()
 
 
+def constant_decay() -> Graph:
+    """One decay and one strength a head for all tokens: gates that come of parameters alone."""
+    g = Builder("constant_decay", title="ConstantDecay")
+    n, vocab = g.dim("d_model", 1), g.dim("vocab")
+    H, K, V = g.dim("H"), g.dim("K", 1), g.dim("V", 1)
+
+    def layer(x: Tensor) -> Tensor:
+        h = g.norm(x, "norm")
+        q, k = (g.norm(g.reshape(g.linear(h, f"{w}_proj", H * K), H, K), kind="l2_norm", eps=1e-6) for w in "qk")
+        v = g.reshape(g.linear(h, "v_proj", H * V), H, V)
+        decay, strength = (g.pointwise("sigmoid", g.parameter(name, H)) for name in ("decay", "strength"))
+        return g.residual(x, g.linear(g.reshape(g.scan(q, k, v, decay=decay, strength=strength), H * V), "out", n))
+
+    x = g.repeat("blocks", 2, layer, g.embedding("embed", vocab, n, output="x"))
+    g.cross_entropy(g.readout(g.norm(x, "final"), "head", vocab))
+    return g.build()
+
+
 def two_lists() -> Graph:
     """Two lists of layers, tensors that are called as things in the file are, a module with two outputs."""
     g = Builder("two_lists", title="TwoLists")

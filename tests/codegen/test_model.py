@@ -380,6 +380,29 @@ def test_it_compiles_as_one_graph(generated: Generated, variant: str) -> None:
     torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()])
 
 
+@pytest.mark.slow
+def test_it_compiles_for_sequences_of_any_length(generated: Generated) -> None:
+    model, _, _ = made(generated, "heads-fixed", depth=2, dtype=torch.float32)
+    compiled = torch.compile(model, dynamic=True)
+    for length in (5, 9, 65):
+        logits, loss = compiled(tokens(length=length), tokens(length=length, seed=1))
+        loss.backward()
+        torch.testing.assert_close(logits, model(tokens(length=length)), rtol=1e-4, atol=1e-4)
+
+
+def test_it_compiles_as_one_graph_where_layers_are_recomputed(generated: Generated) -> None:
+    model, _, _ = made(generated, "heads-fixed", checkpoint=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(tokens(), tokens(seed=1))[1].backward()
+    torch.testing.assert_close(compiled(tokens()), model(tokens()))
+
+
+def test_it_exports(generated: Generated) -> None:
+    model, _, _ = made(generated, "heads-fixed")
+    exported = torch.export.export(model, (tokens(),))
+    torch.testing.assert_close(exported.module()(tokens()), model(tokens()))
+
+
 def test_copies_and_state_dicts(generated: Generated) -> None:
     model, _, _ = made(generated, "tied", multipliers={"o_scale": 3.0})
     shaken(model)

@@ -13,14 +13,18 @@ from typing import Any
 import odd_models
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from widthwise.codegen.model import context
 from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
+from widthwise.codegen.text import check_names
 from widthwise.derive import Builder, Graph, derive
 from widthwise.derive.builder import Tensor as Handle
 from widthwise.derive.errors import DeriveError
+from widthwise.kernels import gated_delta_rule_reference
 from widthwise.verify.execute import Setting, execute
 
 Generated = Callable[..., ModuleType]
@@ -33,10 +37,24 @@ ODD = {
     "broadcast": (),
     "scanned": (),
     "one norm": ("normalized=k",),
+    "constant_decay": (),
     "two_lists": (),
     "shared_table": (),
 }
 each_model = pytest.mark.parametrize("name", ODD)
+HOSTILE = [
+    "x'); import os; os.system('true') #",
+    'x"); raise SystemExit #',
+    "x\nimport os",
+    'x"""\nimport os\n"""',
+    "{{ 7 * 7 }}",
+    "{% include 'draw.py.jinja' %}",
+    "x\\",
+    "x\u2028y",
+    "class",
+    "a b",
+    "ｘ",  # normalizes to an ASCII name in Python source
+]
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,7 +78,7 @@ def tokens(seed: int = 0) -> Tensor:
     return torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(seed))
 
 
-@each_model
+@pytest.mark.parametrize("name", sorted(set(ODD) - {"constant_decay"}))  # execution has gates of every token alone
 def test_logits_and_gradients_are_those_of_the_graph(generated: Generated, name: str) -> None:
     model, graph = made(generated, name), request(name).graph()
     setting = Setting(16, 16, SIZES | {"d_model": 16}, EPS, {})
@@ -77,6 +95,17 @@ def test_logits_and_gradients_are_those_of_the_graph(generated: Generated, name:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == sum(each.trainable for each in graph.parameters.values())
     torch.testing.assert_close(torch.autograd.grad(loss, trained), torch.autograd.grad(run.tensors["loss"], trained))
+
+
+def test_gates_that_come_of_parameters_alone_are_those_of_every_token(generated: Generated) -> None:
+    model = made(generated, "constant_decay")
+    block = model.blocks[0]
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    h = block.norm(x)
+    q, k, v = (each(h).unflatten(-1, (2, -1)) for each in (block.q_proj, block.k_proj, block.v_proj))
+    g, beta = (each.expand(2, 5, 2) for each in (nn.functional.logsigmoid(block.decay), block.strength.sigmoid()))
+    o, _ = gated_delta_rule_reference(q, k, v, g, beta, scale=1.0, normalize_qk=True)
+    torch.testing.assert_close(block(x), x + block.out(o.flatten(2)))
 
 
 @each_model
@@ -121,12 +150,8 @@ def test_weights_with_multipliers_keep_their_biases_out_of_them(generated: Gener
     setting = Setting(16, 16, {"d_model": 16, "vocab": 11}, EPS, factors)
     named = dict(model.named_parameters())
     leaves = {role: named[each.patterns[0]] for role, each in graph.parameters.items()}
-    run = execute(graph, _carried(asked), setting, leaves, {"tokens": tokens(), "targets": tokens(1)})
+    run = execute(graph, asked.table(), setting, leaves, {"tokens": tokens(), "targets": tokens(1)})
     torch.testing.assert_close(model(tokens()), run.tensors["logits"], rtol=1e-9, atol=1e-10)
-
-
-def _carried(asked: Request) -> Any:
-    return asked.table()
 
 
 # -- text -----------------------------------------------------------------------------------------------------------
@@ -211,6 +236,33 @@ def test_names_that_cannot_be_or_are_in_the_way(names: dict[str, str], complaint
     made = small(**names)
     with pytest.raises(DeriveError, match=complaint):
         context(made, derive(made))
+
+
+PLACES = ["name", "title", "axis", "other", "tensor", "list", "carrier"]
+
+
+def check(place: str, name: str) -> None:
+    """What render does before it writes."""
+    made = small(**{place: name})
+    check_names(made)
+    context(made, derive(made))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_nothing_that_a_description_says_becomes_code(place: str, hostile: str) -> None:
+    with pytest.raises(DeriveError):
+        check(place, hostile)
+
+
+@given(st.text(max_size=30), st.sampled_from(PLACES))
+@settings(max_examples=60, deadline=None)
+def test_any_text_is_a_name_or_refused(text: str, place: str) -> None:
+    try:
+        check(place, text)
+    except DeriveError:
+        return
+    assert re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*)?(\.[A-Za-z_][A-Za-z0-9_]*)*", text)
 
 
 @pytest.mark.parametrize(
