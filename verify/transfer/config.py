@@ -62,9 +62,9 @@ class Run:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
-    def order(self) -> tuple[int, str, int, float]:
-        """Small models first, so that a sweep shows something early."""
-        return self.width, self.parametrization, self.seed, self.lr
+    def order(self) -> tuple[int, int, float, str]:
+        """Small models first, and parametrizations side by side, so that a sweep shows something early."""
+        return self.width, self.seed, self.lr, self.parametrization
 
 
 @dataclass(frozen=True)
