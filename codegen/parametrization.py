@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from widthwise.codegen.text import call, number, power, quoted
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO
-from widthwise.derive.graph import Dim, Node, Parameter, atoms
+from widthwise.derive.graph import Dim, Node, Parameter, Rows, atoms
 from widthwise.derive.table import Rule
 
 NORMS = ("rms_norm", "layer_norm", "l2_norm")
@@ -34,17 +34,38 @@ def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
     rules = [(rule, graph.parameters[rule.role]) for rule in table.rules if rule.role in graph.parameters]
     axes = list({dim: None for _, parameter in rules for dim in atoms(parameter.shape)})
     return {
-        "rules": [_rule(rule, parameter) for rule, parameter in rules],
+        "rules": [_rule(rule, parameter, _taps(graph, parameter)) for rule, parameter in rules],
         "axes": axes,
         "width_axis": width_axis(axes),
         "multipliers": _multipliers(graph, table),
         "norms": _norms(graph, table),
         "has_eps": any(rule.eps is not None for rule, _ in rules),
+        "packed": any(parameter.rows is not None for _, parameter in rules),
+        "taps": any(_taps(graph, parameter) for _, parameter in rules),
     }
 
 
-def _rule(rule: Rule, parameter: Parameter) -> Row:
-    names = ", ".join(map(quoted, parameter.patterns)) + ("," if len(parameter.patterns) == 1 else "")
+def _taps(graph: Graph, parameter: Parameter) -> int:
+    """How many axes before the last count as inputs too: those of a dense convolution."""
+    dense = any(node.op == "convolution" for node, _ in graph.consumers(parameter.role))
+    return len(parameter.shape) - 2 if dense else 0
+
+
+def _name(pattern: str, rows: Rows | None) -> str:
+    if rows is None:
+        return quoted(pattern)
+    sizes, exponents = (_listed(map(each, values)) for each, values in ((str, rows.sizes), (number, rows.exponents)))
+    axis = f", axis={rows.axis}" if rows.axis else ""
+    return f"Packed({quoted(pattern)}, {rows.index}, ({sizes}), ({exponents}), {rows.width}{axis})"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    each = list(texts)
+    return ", ".join(each) + ("," if len(each) == 1 else "")
+
+
+def _rule(rule: Rule, parameter: Parameter, taps: int) -> Row:
+    names = _listed(_name(pattern, parameter.rows) for pattern in parameter.patterns)
     law = parameter.law
     arguments = [quoted(rule.role), f"({names})", quoted(", ".join(map(str, parameter.shape))), quoted(law.name)]
     if law.high > law.low:
@@ -53,12 +74,14 @@ def _rule(rule: Rule, parameter: Parameter) -> Row:
         value = getattr(rule, knob)
         if value is not None and (value != ZERO or knob in ("lr", "eps")):
             arguments.append(f"{knob}={number(value)}")
+    if taps:
+        arguments.append(f"taps={taps}")
     return Row(rule.binding if parameter.trainable else f"frozen; {rule.binding}", call("Rule", arguments, 4))
 
 
 def width_axis(dims: list[Dim]) -> str:
     """The first axis that grows as the width itself: ``d_model`` of a language model, the units of an MLP."""
-    for dim in dims:
+    for dim in sorted(dims, key=lambda dim: dim.name != "width"):  # what a tracer calls the axis that it was given
         if dim.exponent == ONE:
             return dim.name
     raise DeriveError("no axis grows as n^1, so that nothing says what the width is", cure="give one axis exponent 1")

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from widthwise.derive import Graph, RuleTable, architecture, derive
@@ -50,7 +51,7 @@ class Request:
     @property
     def imports(self) -> bool:
         """Whether the architecture is somebody's own, which takes an import to see."""
-        return ":" in self.architecture
+        return ":" in self.architecture and not self.architecture.endswith(".toml")
 
     def graph(self) -> Graph:
         """The description.
@@ -62,6 +63,8 @@ class Request:
         for name, value in (("scaling", self.scaling), ("tied", "on" if self.tied else None)):
             if value is not None and chosen.setdefault(name, value) != value:
                 raise DeriveError(f"--{name} and --option {name}={chosen[name]} contradict each other", cure="give one")
+        if self.architecture.endswith(".toml"):
+            return _read(self.architecture, chosen)
         if self.imports:
             return _imported(self.architecture, chosen)
         known = options_of(self.architecture)
@@ -134,6 +137,19 @@ def _value(text: str, default: object) -> object:
     if isinstance(default, tuple):
         return tuple(text.split(","))
     return text
+
+
+def _read(name: str, options: dict[str, str]) -> Graph:
+    """The graph in a file that ``widthwise trace`` wrote."""
+    from widthwise.derive.graph_toml import read_graph
+
+    if options:
+        raise DeriveError(f"a traced graph has no option {next(iter(options))!r}", cure="trace another variant")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeriveError(f"cannot read {name}: {error}", cure="give a file written by widthwise trace") from None
+    return read_graph(text, name)
 
 
 def _imported(name: str, options: dict[str, str]) -> Graph:

@@ -15,7 +15,7 @@ from widthwise.derive.graph import Graph, atoms
 
 WIDTH = 120
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_PATTERN = re.compile(r"(\*|[A-Za-z_][A-Za-z0-9_]*)(\.(\*|[A-Za-z_][A-Za-z0-9_]*))*")
+_PATTERN = re.compile(r"(\*|[A-Za-z0-9_]+)(\.(\*|[A-Za-z0-9_]+))*")  # layers have numbers for names
 
 
 def check_names(graph: Graph) -> None:

@@ -77,11 +77,25 @@ def shape_text(shape: Shape) -> str:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Where real models pack a role into a larger tensor: part ``index`` of what is repeated along ``axis``.
+
+    The parts have ``sizes`` entries at the width ``width``, and grow as the ``exponents`` say.
+    """
+
+    index: int
+    sizes: tuple[int, ...]
+    exponents: tuple[Expr, ...]
+    width: int
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A trainable tensor of one role; ``patterns`` are globs over the names it has in real models.
 
     ``law`` is how it is drawn at the base width; weights are symmetric, while gains, biases and decay rates have a
-    fixed or one-sided value.
+    fixed or one-sided value. ``rows`` is set where real models hold it as part of a larger tensor.
     """
 
     role: str
@@ -90,6 +104,7 @@ class Parameter:
     law: Law = NORMAL
     trainable: bool = True
     where: str = ""
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)

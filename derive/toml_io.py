@@ -48,7 +48,7 @@ def read_toml(text: str, name: str = "the file") -> RuleTable:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise DeriveError(f"{name} is not TOML: {error}", cure=_AGAIN) from None
-    reader = _Reader(name)
+    reader = Reader(name)
     table = RuleTable(
         architecture=reader.text(content, "architecture"),
         optimizer=reader.text(content, "optimizer"),
@@ -70,14 +70,14 @@ def read_toml(text: str, name: str = "the file") -> RuleTable:
     return table
 
 
-class _Reader:
+class Reader:
     """Typed access to untrusted content; every surprise is a DeriveError that names its place."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, again: str = _AGAIN) -> None:
+        self.name, self.again = name, again
 
     def refuse(self, what: str) -> DeriveError:
-        return DeriveError(f"{self.name}: {what}", cure=_AGAIN)
+        return DeriveError(f"{self.name}: {what}", cure=self.again)
 
     def only(self, entry: Mapping[str, Any], known: set[str]) -> None:
         if extra := sorted(set(entry) - known):

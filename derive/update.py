@@ -38,15 +38,16 @@ class Update:
 
 def weight_of(walk: Backward, parameter: Parameter) -> Weight:
     """What the optimizer sees of a parameter."""
-    linear = any(node.op == "linear" for node, _ in walk.graph.consumers(parameter.role))
-    embedded = any(node.op == "embedding" for node, _ in walk.graph.consumers(parameter.role))
+    uses = [node.op for node, _ in walk.graph.consumers(parameter.role)]
+    linear, convolution, embedded = ("linear" in uses, "convolution" in uses, "embedding" in uses)
+    split = 1 if convolution else -1  # [out, in, taps…] beside [out…, in]
     return Weight(
         gradient=walk.gradients[parameter.role].size,
         entry=walk.states[parameter.role].init.size,
-        fan_in=extent(atoms(parameter.shape[-1:])) if linear else ZERO,
-        fan_out=extent(atoms(parameter.shape[:-1])) if linear else ZERO,
+        fan_in=extent(atoms(parameter.shape[split:])) if linear or convolution else ZERO,
+        fan_out=extent(atoms(parameter.shape[:split])) if linear or convolution else ZERO,
         # tables and readouts are given to the entrywise optimizer by every implementation of Muon
-        matrix=linear
+        matrix=(linear or convolution)
         and not embedded
         and not any(node.attrs.get("carrier") for node, _ in walk.graph.consumers(parameter.role)),
     )

@@ -147,6 +147,39 @@ register(
 )
 
 
+# -- broadcast: every entry once for each index of further axes, such as places of a feature map --------------------
+
+
+def _broadcast_shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
+    target: Shape = attrs["shape"]
+    mine = atoms(shapes[0])
+    if tuple(dim for dim in atoms(target) if dim in mine) != mine:
+        raise DeriveError(
+            f"cannot broadcast {shape_text(shapes[0])} to {shape_text(target)}",
+            cure="its own axes must be among the new ones, in their order",
+        )
+    return target
+
+
+def _broadcast_forward(walk: Forward, node: Node) -> State:
+    from widthwise.derive.forward import State
+
+    (x,) = walk.inputs(node)
+    return State(x.init, walk.fact(node, x.init, f"{node.inputs[0]}, the same along further axes"), x.changes)
+
+
+def _broadcast_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
+    mine = atoms(walk.graph.shapes[node.inputs[0]])
+    shared = tuple(dim for dim in atoms(node.shape) if dim not in mine)
+    total, because = walk.contract(gradient, signal(ZERO), shared)
+    return [Piece(0, total, f"∂L/∂{node.output} summed over the further axes: {because}")]
+
+
+register(
+    Op("broadcast", _broadcast_shape, _broadcast_forward, _broadcast_backward, always("passes"), aten=("aten.expand",))
+)
+
+
 # -- cross-entropy: where the backward walk starts -----------------------------------------------------------------
 
 

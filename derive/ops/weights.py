@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sympy import Expr
 
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import HALF, largest, n_to
+from widthwise.derive.exponents import HALF, ZERO, largest, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Node, Shape, atoms, extent, shape_text
 from widthwise.derive.ops.registry import Op, Piece, Tolerance, register
@@ -34,6 +34,12 @@ def _weight_tolerance(slot: int) -> Tolerance:
 
 def _linear_shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
     x, weight = shapes
+    if attrs.get("experts"):  # [experts, out, in], of which each token meets a width-free number
+        if any(dim.exponent != ZERO for dim in weight[0].dims):
+            raise DeriveError(
+                f"the number of experts {weight[0]} grows with the width", cure="keep the number of experts fixed"
+            )
+        weight = weight[1:]
     if not x or x[-1] != weight[-1]:
         raise DeriveError(
             f"a linear map over {weight[-1]} cannot take an input of shape {shape_text(x)}",
