@@ -1,7 +1,7 @@
 """A graph as canonical TOML, and back with suspicion: what a traced model is handed on as.
 
-A file is parsed, never evaluated: TOML, then a fixed schema, then the exponent grammar, then every op's own check of its
-shapes. Equal graphs give equal bytes, and reading what was written and writing it again gives the same bytes.
+A file is parsed, never evaluated: TOML, then a fixed schema, then the exponent grammar, then every op's own check of
+its shapes. Equal graphs give equal bytes, and reading what was written and writing it again gives the same bytes.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Axes:
         return self.known[value][0]
 
     def fresh(self, shape: Sequence[Sizes], origin: str = "", weight: bool = False) -> list[Dimension]:
-        return [new(sizes, f"{origin}.{at}" if origin else "", weight) for at, sizes in enumerate(shape)]
+        return [new(sizes, f"{origin}_d{at}" if origin else "", weight) for at, sizes in enumerate(shape)]
 
     def broadcast(self, *operands: list[Dimension]) -> list[Dimension]:
         """Dimensions of an entrywise op: aligned from the right, and the same where none is of size one."""

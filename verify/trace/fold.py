@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,12 @@ def folded(sites: Sequence[Site]) -> Folded:
 
 def _fold_once(result: Folded, level: int) -> bool:
     blocks = _blocks(result.sites, level)
+    readers: dict[Site, list[Site]] = {}
+    for site in result.sites:
+        for each in site.inputs:
+            readers.setdefault(each, []).append(site)
     for block in blocks:
-        _describe(block, result.sites)
+        _describe(block, readers)
     for start, end in _chains(blocks):
         chain = blocks[start:end]
         for period in range(1, len(chain) // 2 + 1):
@@ -78,7 +82,7 @@ def _blocks(sites: Sequence[Site], level: int) -> list[_Block]:
     return blocks
 
 
-def _describe(block: _Block, sites: Sequence[Site]) -> None:
+def _describe(block: _Block, readers: Mapping[Site, Sequence[Site]]) -> None:
     """Its signature, and the one tensor that flows through it, where there is one."""
     if not block.prefix:
         return
@@ -105,7 +109,7 @@ def _describe(block: _Block, sites: Sequence[Site]) -> None:
     signature = tuple(
         (site.op, plain(site.args), plain(site.kwargs), tuple(map(tuple, site.shapes))) for site in block.sites
     )
-    outputs = [site for site in block.sites if any(site in reader.inputs for reader in sites if reader not in inside)]
+    outputs = [site for site in block.sites if any(each not in inside for each in readers.get(site, ()))]
     if len(carried) == 1 and len(outputs) == 1:
         block.carried, block.output = next(iter(carried)), outputs[0]
         block.signature = (signature, inside[outputs[0]])

@@ -17,7 +17,7 @@ from widthwise.verify.trace.names import Names
 from widthwise.verify.trace.norms import with_norms
 from widthwise.verify.trace.sites import Site, tensors
 
-PASSES_ON = tuple(f"aten.{each}" for each in "view reshape slice select squeeze unsqueeze transpose permute".split())
+VIEWS = ("view", "reshape", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute")
 
 
 def lowered(
@@ -130,7 +130,7 @@ def _readouts(logits: Site, sites: Sequence[Site]) -> dict[Site, str]:
             readers = [each for each in sites if weight in each.inputs]
             tied = len(readers) > 1
             return {site: site.module.rsplit(".", 1)[-1] or "logits_scale" if tied else "own"}
-        if len(activations) == 1 and (op in PASSES_ON or op == "aten.add"):
+        if len(activations) == 1 and (op.removeprefix("aten.") in VIEWS or op == "aten.add"):
             site = activations[0]
         else:
             return {}
