@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parent))  # for traced_models.py and traced_descriptions.py
 
-import traced_models  # noqa: E402
+import traced_models
 
-from widthwise.verify.trace import Traced, trace  # noqa: E402
+from widthwise.verify.trace import Traced, trace
 
 TRANSFORMERS = ("llama", "qwen3", "mamba2", "qwen3_next")
 

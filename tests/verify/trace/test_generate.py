@@ -1,0 +1,91 @@
+"""Modules generated from traced graphs initialize and group the real classes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import traced_models
+
+from widthwise.codegen.render import render
+from widthwise.codegen.request import Request
+from widthwise.derive.graph_toml import write_graph
+
+WIDTH, BASE = 192, 64
+
+
+@pytest.fixture
+def generated(traced, tmp_path: Path):
+    """The imported module of a traced model, and the class at another width than any that was traced."""
+
+    def made(name: str, optimizer: str = "adamw", gauge: str = "absorbed") -> tuple[ModuleType, torch.nn.Module]:
+        file = tmp_path / f"{name}.toml"
+        file.write_text(write_graph(traced(name).graph), encoding="utf-8")
+        source = tmp_path / f"generated_{name}.py"
+        source.write_text(render(Request(str(file), optimizer=optimizer, gauge=gauge)), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(source.stem, source)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[source.stem] = module
+        spec.loader.exec_module(module)
+        return module, getattr(traced_models, name)(WIDTH)[0]
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "mamba2", "qwen3_next"])
+def test_initializes_and_groups_the_real_class(generated, name: str) -> None:
+    module, model = generated(name)
+    report = module.init_(model, width=WIDTH, base_width=BASE, norm_eps=1e-6)
+    assert {each.name for each in report} == {each for each, _ in model.named_parameters()}
+    groups = module.param_groups(model, lr=1.0, weight_decay=0.1, width=WIDTH, base_width=BASE)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    torch.optim.AdamW(groups)
+
+
+def test_rows_of_packed_weights_are_drawn_by_their_rules(generated) -> None:
+    module, model = generated("mamba2")
+    module.init_(model, width=WIDTH, base_width=BASE)
+    weight = model.backbone.layers[2].mixer.in_proj.weight
+    inner, state = 2 * WIDTH, 16
+    z, x, b, c, dt = weight.split([inner, inner, state, state, WIDTH // 16])
+    for each in (z, x, dt):  # base std 64^(-1/2) times 3^(-1/2)
+        assert each.std().item() == pytest.approx(WIDTH**-0.5, rel=0.05)
+    for each in (b, c):  # few outputs: times 3^-1
+        assert each.std().item() == pytest.approx(BASE**-0.5 / 3, rel=0.05)
+
+
+def test_interleaved_rows(generated) -> None:
+    """Under SGD the decay's projection of Qwen3-Next has a rule of its own; its rows alternate with those of β."""
+    module, model = generated("qwen3_next")
+    report = {(each.name, each.role): each for each in module.init_(model, width=WIDTH, base_width=BASE)}
+    name = "model.layers.4.linear_attn.in_proj_ba.weight"
+    assert report[name, "in_proj_ba_0"].shape == report[name, "in_proj_ba_1"].shape == (WIDTH // 16, WIDTH)
+    experts = "model.layers.3.mlp.experts.gate_up_proj"
+    assert report[experts, "gate_up_proj_2_1"].shape == (8, 2 * WIDTH, WIDTH)
+    gates = [groups["lr"] for groups in module.param_groups(model, lr=1.0, width=WIDTH, base_width=BASE)]
+    assert min(gates) == pytest.approx(BASE / WIDTH)
+
+
+def test_fan_in_of_a_convolution(generated) -> None:
+    module, model = generated("cnn")
+    module.init_(model, width=WIDTH, base_width=BASE)
+    assert model[2].weight.std().item() == pytest.approx((9 * WIDTH) ** -0.5, rel=0.05)
+    assert model[0].weight.std().item() == pytest.approx(27**-0.5, rel=0.05)
+
+
+def test_trains(generated) -> None:
+    module, model = generated("qwen3_next")
+    module.init_(model, width=WIDTH, base_width=BASE)
+    optimizer = torch.optim.AdamW(module.param_groups(model, lr=5e-3, width=WIDTH, base_width=BASE))
+    batch = torch.arange(48).reshape(2, 24) % 11
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
