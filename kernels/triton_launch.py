@@ -5,15 +5,16 @@ chip; B, T and the number of sequences are plain arguments. They do choose, coar
 walks: a model whose batches leave multiprocessors idle at one size and not at another meets up to three variants of
 each walk, compiled once each.
 
-Four warps everywhere: with eight, Triton 3.6 lays all of them along the 64 rows of a chunk where dots are chained,
-which is twice the rows there are. And sixteen-bit walks always have two stages or more: with one, its code reads
-outside shared memory.
+Sixteen-bit walks always have two stages or more: with one, Triton 3.6's code reads outside shared memory. And they
+have four warps: with eight, it lays all of them along the 64 rows of a chunk where dots are chained, which is twice
+the rows there are.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CHUNK = 64
 
@@ -71,40 +72,84 @@ def by_token(x: Tensor) -> Tensor:
     return flat
 
 
+def describable(*tensors: Tensor) -> bool:
+    """Whether the copy engine, which Hopper has and which takes 16-byte steps, can read such tensors, and should:
+    not in fp32, whose tiles pass through registers in any case."""
+    size = tensors[0].element_size()
+    if size == 4 or (tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9):
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(size * step % 16 == 0 for step in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def describe(x: Tensor, batch: Batch, block: int) -> TensorDescriptor:
+    """A descriptor of ``x`` [B * T, heads, width] as [B, heads, T, width], for tiles of a chunk and ``block`` columns.
+
+    What a tile has past the end of T or of the width is zero, so a sequence's tail never shows the next one.
+    """
+    token, head, _ = x.stride()
+    shape = [batch.sequences, x.shape[1], batch.length, x.shape[2]]
+    return TensorDescriptor(x, shape, [token * batch.length, head, token, 1], [1, 1, CHUNK, block])
+
+
 def power_of_two(x: int) -> int:
     """The least block size that covers ``x``: a power of two, at least the 16 a dot needs."""
     return max(16, 1 << (x - 1).bit_length())
 
 
-def processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+@dataclass(frozen=True)
+class Chip:
+    """What the choice of blocks asks of a chip."""
+
+    processors: int
+    roomy: bool  # with the shared memory of Hopper; others get smaller blocks, which no test has run on such a chip
 
 
-def sweep_blocks(walks: int, key_dim: int, value_dim: int, itemsize: int, sms: int) -> dict[str, int]:
+def chip_of(x: Tensor) -> Chip:
+    if not x.is_cuda:
+        return Chip(132, True)
+    properties = torch.cuda.get_device_properties(x.device)
+    return Chip(properties.multi_processor_count, properties.major in (9, 10))
+
+
+def sweep_blocks(walks: int, key_dim: int, value_dim: int, itemsize: int, chip: Chip) -> dict[str, int]:
     """Blocks of the sequential walks, of which there are ``walks``, each over all of V.
 
-    A walk's time is its chain of dots, not their size: narrow blocks of V until every multiprocessor has a program,
-    wider ones beyond. Three stages hide most latency, two leave room for a second program, which hides more.
+    A walk's time is its chain of dots, not their size: the narrowest block of V with which all programs run at once,
+    since every one of them reads all of q, k and the chunk's matrices. Three stages hide the memory's latency.
     """
     block_k = power_of_two(key_dim)
     if itemsize == 4:  # two stages do not fit
         block_v = min(power_of_two(value_dim), 32 if block_k <= 128 else 16)
         return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 2 if block_k <= 64 else 1, "num_warps": 4}
-    widest = min(power_of_two(value_dim), 64 if block_k != 128 else 32)
+    widest = min(power_of_two(value_dim), 64 if chip.roomy or block_k <= 64 else 32)
     block_v = 16
-    while block_v < widest and walks * -(-value_dim // block_v) > sms:
+    while block_v < widest and walks * -(-value_dim // block_v) > chip.processors:
         block_v *= 2
-    alone = walks * -(-value_dim // block_v) <= sms
-    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3 if alone and block_k <= 128 else 2, "num_warps": 4}
+    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3 if chip.roomy and block_k <= 128 else 2, "num_warps": 4}
 
 
-def gradient_blocks(key_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Blocks of the chunk-parallel gradients."""
-    block_v = min(power_of_two(value_dim), 64 if itemsize == 2 else 32)
-    # Never less than 64: with 32, Triton 3.6 gave wrong dk in 16 bit.
-    return {"BLOCK_K": 64, "BLOCK_V": max(block_v, 32), "DEPTH": 2, "num_warps": 4}
+def gradient_blocks(key_dim: int, value_dim: int, itemsize: int, chip: Chip) -> dict[str, int]:
+    """Blocks of the chunk-parallel gradients: K in few blocks that pad little, V in one where it fits.
+
+    Eight warps on the 64 rows of a chunk, four by two: the kernel keeps each dot's result from another's operands,
+    or Triton would lay all of them along the rows. Heads of up to 64 channels leave eight too little to do.
+    """
+    if itemsize == 4:
+        block_k = 128 if chip.roomy and (64 < key_dim <= 128 or key_dim > 192) else 64
+        return {"BLOCK_K": block_k, "BLOCK_V": 32, "DEPTH": 2, "num_warps": 8}
+    if key_dim <= 64:
+        return {"BLOCK_K": max(power_of_two(key_dim), 32), "BLOCK_V": 64, "DEPTH": 2, "num_warps": 4}
+    if not chip.roomy:
+        return {"BLOCK_K": 64, "BLOCK_V": 64, "DEPTH": 2, "num_warps": 8}
+    block_k = 128 if key_dim <= 128 or key_dim > 192 else 64
+    block_v = max(power_of_two(value_dim), 64) if value_dim <= 128 else 64
+    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3, "num_warps": 8}
 
 
-def prepare_blocks(key_dim: int) -> dict[str, int]:
-    """Blocks of the chunk-parallel preparation."""
-    return {"BLOCK_K": min(power_of_two(key_dim), 128), "num_warps": 4}
+def prepare_blocks(key_dim: int, itemsize: int) -> dict[str, int]:
+    """Blocks of the chunk-parallel preparation. In 16 bit, registers for four programs on a multiprocessor."""
+    blocks = {"BLOCK_K": min(power_of_two(key_dim), 64), "num_warps": 4}
+    return {**blocks, "maxnreg": 128} if itemsize == 2 else blocks

@@ -67,13 +67,11 @@ def load_tile(base, stride, left, columns, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.
 
 
 @triton.jit
-def join_pairs(inverse, lower, SIZE: tl.constexpr, OPERAND: tl.constexpr):
+def join_pairs(inverse, lower, i, j, SIZE: tl.constexpr, OPERAND: tl.constexpr):
     """The inverse of diagonal blocks of twice SIZE from that of blocks of SIZE, A: A - A L A, L what lies between."""
-    i = tl.arange(0, CHUNK)[:, None]
-    j = tl.arange(0, CHUNK)[None, :]
     between = (i // SIZE != j // SIZE) & (i // (2 * SIZE) == j // (2 * SIZE))
     operand = inverse.to(OPERAND)
-    step = tl.dot(operand, tl.where(between, lower, 0.0).to(OPERAND))
+    step = tl.dot(operand, tl.where(between, lower, 0.0))
     return inverse - tl.dot(step.to(OPERAND), operand)
 
 
@@ -81,17 +79,26 @@ def join_pairs(inverse, lower, SIZE: tl.constexpr, OPERAND: tl.constexpr):
 def unit_lower_inverse(lower, OPERAND: tl.constexpr):
     """(I + lower)^-1 [C, C] for a strictly lower triangular ``lower``, by joining ever larger diagonal blocks.
 
-    OPERAND is what the matrix units multiply: fp16 has the mantissa of tf32 at twice its speed, but a range that is
-    safe only where keys are normalized, since then no entry of an inverse exceeds beta.
+    Blocks of 16 first, as a batch: each stays within a warp. OPERAND is what the matrix units multiply: fp16 has the
+    mantissa of tf32 at twice its speed, but a range that is safe only where keys are normalized, since then no entry
+    of an inverse exceeds beta.
     """
+    BLOCKS: tl.constexpr = CHUNK // 16
+    b = tl.arange(0, BLOCKS)
+    diagonal = b[:, None, None, None] == b[None, None, :, None]
+    blocks = tl.sum(tl.where(diagonal, tl.reshape(lower, [BLOCKS, 16, BLOCKS, 16]), 0.0), 2)
+    i = tl.arange(0, 16)[None, :, None]
+    j = tl.arange(0, 16)[None, None, :]
+    small = tl.where(i == j, 1.0, 0.0) - tl.where((i // 2 == j // 2) & (i > j), blocks, 0.0)
+    blocks, lower = blocks.to(OPERAND), lower.to(OPERAND)
+    small = join_pairs(small, blocks, i, j, 2, OPERAND)
+    small = join_pairs(small, blocks, i, j, 4, OPERAND)
+    small = join_pairs(small, blocks, i, j, 8, OPERAND)
+    inverse = tl.reshape(tl.where(diagonal, small[:, :, None, :], 0.0), [CHUNK, CHUNK])
     i = tl.arange(0, CHUNK)[:, None]
     j = tl.arange(0, CHUNK)[None, :]
-    inverse = tl.where(i == j, 1.0, 0.0) - tl.where((i // 2 == j // 2) & (i > j), lower, 0.0)
-    inverse = join_pairs(inverse, lower, 2, OPERAND)
-    inverse = join_pairs(inverse, lower, 4, OPERAND)
-    inverse = join_pairs(inverse, lower, 8, OPERAND)
-    inverse = join_pairs(inverse, lower, 16, OPERAND)
-    return join_pairs(inverse, lower, 32, OPERAND)
+    inverse = join_pairs(inverse, lower, i, j, 16, OPERAND)
+    return join_pairs(inverse, lower, i, j, 32, OPERAND)
 
 
 @triton.jit(do_not_specialize=["T", "scale"])

@@ -13,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from widthwise.kernels import triton_launch as launch
+from widthwise.kernels.reference import L2_EPS, l2_normalize
 from widthwise.kernels.triton_gradients import finish_kernel, gradients_kernel
 from widthwise.kernels.triton_launch import CHUNK, by_token
 from widthwise.kernels.triton_prepare import prepare_kernel
@@ -33,6 +35,38 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 def _operand(q: Tensor) -> torch.dtype:
     """What the kernels compute in: q's dtype, except that Triton's interpreter has no bf16 dots."""
     return torch.float32 if q.dtype == torch.bfloat16 and q.device.type == "cpu" else q.dtype
+
+
+def _normalizes_first(q: Tensor, normalize_qk: bool) -> bool:
+    """Whether q and k are normalized in memory: fp16 has no room for the reciprocal norm of a row that is near zero."""
+    return normalize_qk and q.dtype == torch.float16
+
+
+def _normalized(x: Tensor) -> Tensor:
+    return l2_normalize(x.float()).to(x.dtype)
+
+
+def _through_norm(x: Tensor, dx: Tensor) -> Tensor:
+    """The gradient of ``x`` from that of ``_normalized(x)``."""
+    wide, dwide = x.float(), dx.float()
+    unit = torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)
+    wide = wide * unit
+    return (unit * (dwide - wide * (wide * dwide).sum(-1, keepdim=True))).to(x.dtype)
+
+
+def _tiles(
+    batch: launch.Batch, blocks: dict[str, int], keys: tuple[Tensor, ...], values: tuple[Tensor, ...],
+    squares: tuple[Tensor, ...],
+) -> tuple[bool, list[Tensor | TensorDescriptor]]:  # fmt: skip
+    """What a walk reads tile by tile, in order: as descriptors for the copy engine and True, or as it is and False."""
+    if batch.cu_seqlens is not None or not launch.describable(*keys, *values):
+        return False, [*keys, *values, *squares]
+    wide = [(x, blocks[name]) for name, group in (("BLOCK_K", keys), ("BLOCK_V", values)) for x in group]
+    flat = [x.view(-1, CHUNK, CHUNK) for x in squares]
+    return True, [
+        *(launch.describe(x, batch, block) for x, block in wide),
+        *(TensorDescriptor.from_tensor(x, [1, CHUNK, CHUNK]) for x in flat),
+    ]
 
 
 def saved_like(
@@ -57,6 +91,9 @@ def forward(
         q, k, v = (x.to(operand) for x in (q, k, v))
         o, final, saved = forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)
         return o.to(torch.bfloat16), final, saved
+    if _normalizes_first(q, normalize_qk):
+        q, k = _normalized(q), _normalized(k)
+        return forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, False)
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
     batch = launch.lay_out(q, cu_seqlens)
@@ -71,14 +108,15 @@ def forward(
             q, k, g, beta, rows, inverse, attention, *batch.tables, batch.length, scale,
             **_strides(q=q, k=k, g=g, beta=beta), **sizes, NORMALIZE=normalize_qk,
             OPERAND=tl.float16 if normalize_qk and q.element_size() == 2 else tl.float32,
-            **launch.prepare_blocks(key_dim),
+            **launch.prepare_blocks(key_dim, q.element_size()),
         )  # fmt: skip
         states = batch.sequences * value_heads
-        blocks = launch.sweep_blocks(states, key_dim, value_dim, q.element_size(), launch.processors(q))
+        blocks = launch.sweep_blocks(states, key_dim, value_dim, q.element_size(), launch.chip_of(q))
+        described, tiles = _tiles(batch, blocks, (q, k), (v,), saved[1:])
         forward_kernel[(states * triton.cdiv(value_dim, blocks["BLOCK_V"]),)](
-            q, k, v, beta, rows, inverse, attention, initial, final, o, *batch.tables[:2], batch.length,
+            *tiles[:3], beta, rows, *tiles[3:], initial, final, o, *batch.tables[:2], batch.length,
             **_strides(q=q, k=k, v=v, beta=beta), **sizes, V=value_dim, INITIAL=initial is not None,
-            **blocks,
+            **blocks, DESCRIBED=described,
         )  # fmt: skip
     return o, final, saved
 
@@ -93,10 +131,16 @@ def backward(
         rest = (g, beta, scale, initial_state, cu_seqlens, normalize_qk, saved)
         dq, dk, dv, dg, dbeta, dinitial = backward(do, dfinal_state, q, k, v, *rest)
         return dq.to(torch.bfloat16), dk.to(torch.bfloat16), dv.to(torch.bfloat16), dg, dbeta, dinitial
+    if _normalizes_first(q, normalize_qk):
+        unit_q, unit_k = _normalized(q), _normalized(k)
+        dq, dk, dv, dg, dbeta, dinitial = backward(
+            do, dfinal_state, unit_q, unit_k, v, g, beta, scale, initial_state, cu_seqlens, False, saved
+        )
+        return _through_norm(q, dq), _through_norm(k, dk), dv, dg, dbeta, dinitial
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
-    batch = launch.lay_out(q, cu_seqlens)
-    rows, inverse, attention = saved
+    batch, chip = launch.lay_out(q, cu_seqlens), launch.chip_of(q)
+    rows, _, attention = saved
     dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape, dtype=torch.float32)
     initial = None if initial_state is None else initial_state.contiguous()
@@ -108,21 +152,24 @@ def backward(
     strides = _strides(q=q, k=k, v=v, beta=beta, do=do)
     with _on(q.device):
         walks = batch.sequences * value_heads
-        blocks = launch.sweep_blocks(2 * walks, key_dim, value_dim, q.element_size(), launch.processors(q))
+        blocks = launch.sweep_blocks(2 * walks, key_dim, value_dim, q.element_size(), chip)
+        described, tiles = _tiles(batch, blocks, (q, k), (v, do), saved[1:])
         # dv holds dr, its gradient before beta, until the gradients turn it into dv in place.
         backward_kernel[(2 * walks * triton.cdiv(value_dim, blocks["BLOCK_V"]),)](
-            q, k, v, beta, do, rows, inverse, attention, initial, dfinal, dinitial, u, dv, states, dstates,
+            *tiles[:3], beta, tiles[3], rows, *tiles[4:], initial, dfinal, dinitial, u, dv, states, dstates,
             *batch.tables[:2], batch.length, **strides, **sizes,
-            INITIAL=initial is not None, FINAL=dfinal is not None, **blocks,
+            INITIAL=initial is not None, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
         )  # fmt: skip
-        pairs = q.new_empty(batch.chunks, value_heads, 2, CHUNK, CHUNK)
-        blocks = launch.gradient_blocks(key_dim, value_dim, q.element_size())
+        # F and E fit where dq and dk will be, for most widths.
+        width = key_dim if key_dim >= CHUNK else CHUNK
+        blocks = launch.gradient_blocks(key_dim, value_dim, q.element_size(), chip)
         finish = group == 1
         dq_parts, dk_parts = (dq, dk) if finish else (q.new_empty(batch.tokens, value_heads, key_dim) for _ in range(2))
+        pairs = (dq_parts, dk_parts) if width == key_dim else q.new_empty(2, batch.tokens, value_heads, width)
         gradients_kernel[(batch.chunks * value_heads,)](
-            q, k, v, beta, do, u, dv, states, dstates, rows, attention, pairs, dq_parts, dk_parts, dg, dbeta,
-            *batch.tables, batch.length, scale, **strides, **sizes, NORMALIZE=normalize_qk, FINISH=finish,
-            **blocks,
+            q, k, v, beta, do, u, dv, states, dstates, rows, attention, *pairs, dq_parts, dk_parts, dg, dbeta,
+            *batch.tables, batch.length, scale, **strides, **sizes, PAIRS_WIDTH=width,
+            NORMALIZE=normalize_qk, FINISH=finish, **blocks,
         )  # fmt: skip
         if not finish:
             for x, dx, parts in ((q, dq, dq_parts), (k, dk, dk_parts)):

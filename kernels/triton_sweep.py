@@ -63,49 +63,101 @@ def store_tile(base, stride, left, columns, tile, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def fetch(x, n, step, head, column, token, left, x_token, x_head,
+          WIDTH: tl.constexpr, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """The tile [C, BLOCK] of x at a chunk, a head and a column, zero past the sequence and past WIDTH.
+
+    With DESCRIBED, x is a descriptor of [B, heads, T, WIDTH] and one thread has the copy engine bring the tile;
+    otherwise a pointer, and every thread computes addresses, at the expense of the walk's chain.
+    """
+    if DESCRIBED:
+        tile = tl.reshape(x.load([n, head, step * CHUNK, column]), [CHUNK, BLOCK])
+    else:
+        tile = load_tile(x + token * x_token + head * x_head, x_token, left, column + tl.arange(0, BLOCK), WIDTH, BLOCK)
+    return tile
+
+
+@triton.jit
+def fetch_square(x, at, DESCRIBED: tl.constexpr):
+    """The [C, C] matrix number ``at`` of x."""
+    i = tl.arange(0, CHUNK)
+    if DESCRIBED:
+        tile = tl.reshape(x.load([at.to(tl.int32), 0, 0]), [CHUNK, CHUNK])
+    else:
+        tile = tl.load(x + at * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
+    return tile
+
+
+@triton.jit
 def walk_forwards(
     q, k, v, beta, rows, inverse, attention, initial, final, o, u, states,
-    begin, length, first, n, head, columns,
+    begin, length, first, n, head, column,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+    DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """With OUTPUT: o and the final state. Without: u and the state before every chunk, for the backward pass."""
+    # A row's numbers come a chunk ahead and by hand where that is faster: not beside the five tiles of the output.
+    AHEAD: tl.constexpr = not OUTPUT or DEPTH == 1
     i = tl.arange(0, CHUNK)
-    i_k = tl.arange(0, BLOCK_K)
-    square = i[:, None] * CHUNK + i[None, :]
+    columns = column + tl.arange(0, BLOCK_V)
     state = load_state(initial, n, head, columns, HEADS, K, V, BLOCK_K, BLOCK_V, INITIAL)
-    last = tl.load(rows + (first * HEADS + head) * ROWS * CHUNK + ROW_G * CHUNK + CHUNK - 1, mask=length > 0, other=0.0)
+    ends = rows + ROW_G * CHUNK + CHUNK - 1
+    last = tl.load(ends + (first * HEADS + head) * ROWS * CHUNK, mask=length > 0, other=0.0)
+    if AHEAD:
+        row = rows + (first * HEADS + head) * ROWS * CHUNK
+        betas = beta + begin * beta_token + head * beta_head + i * beta_token
+        beta_row = tl.load(betas, mask=i < length, other=0.0).to(tl.float32)
+        read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < length, other=0.0)
+        write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < length, other=0.0)
+        out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < length, other=0.0)
     for step in tl.range(tl.cdiv(length, CHUNK), num_stages=DEPTH):
         token, left = begin + step * CHUNK, length - step * CHUNK
         at = (first + step) * HEADS + head
-        row = rows + at * ROWS * CHUNK + i
-        k_tile = load_tile(k + token * k_token + (head // GROUP) * k_head, k_token, left, i_k, K, BLOCK_K)
-        v_tile = load_tile(v + token * v_token + head * v_head, v_token, left, columns, V, BLOCK_V)
-        beta_row = tl.load(beta + token * beta_token + head * beta_head + i * beta_token, mask=i < left, other=0.0)
-        solve = tl.load(inverse + at * CHUNK * CHUNK + square)
+        k_tile = fetch(k, n, step, head // GROUP, 0, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
+        if AHEAD:
+            solve = fetch_square(inverse, at, DESCRIBED)
+            v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
+        else:
+            v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
+            here = rows + at * ROWS * CHUNK + i
+            betas = beta + token * beta_token + head * beta_head + i * beta_token
+            beta_row = tl.load(betas, mask=i < left, other=0.0).to(tl.float32)
+            solve = fetch_square(inverse, at, DESCRIBED)
 
         operand = state.to(k_tile.dtype)
         recalled = tl.dot(k_tile, operand)
-        wanted = beta_row.to(tl.float32)[:, None] * v_tile - tl.load(row + ROW_READ * CHUNK)[:, None] * recalled
+        if not AHEAD:
+            read_row = tl.load(here + ROW_READ * CHUNK)
+        wanted = beta_row[:, None] * v_tile - read_row[:, None] * recalled
         u_tile = tl.dot(solve, wanted.to(k_tile.dtype))
         if OUTPUT:
-            q_tile = load_tile(q + token * q_token + (head // GROUP) * q_head, q_token, left, i_k, K, BLOCK_K)
-            mix = tl.load(attention + at * CHUNK * CHUNK + square)
-            out = tl.dot(q_tile, operand) * tl.load(row + ROW_OUT * CHUNK)[:, None]
+            q_tile = fetch(q, n, step, head // GROUP, 0, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
+            mix = fetch_square(attention, at, DESCRIBED)
+            if not AHEAD:
+                out_row = tl.load(here + ROW_OUT * CHUNK)
+            out = tl.dot(q_tile, operand) * out_row[:, None]
             out = tl.dot(mix, u_tile.to(k_tile.dtype), out)
             store_tile(o + (token * HEADS + head) * V, HEADS * V, left, columns, out, V)
         else:
             store_state(states, at, columns, operand, K, V, BLOCK_K, BLOCK_V)
             store_tile(u + (token * HEADS + head) * V, HEADS * V, left, columns, u_tile, V)
-        written = (tl.load(row + ROW_WRITE * CHUNK)[:, None] * u_tile).to(k_tile.dtype)
+        if not AHEAD:
+            write_row = tl.load(here + ROW_WRITE * CHUNK)
+        written = (write_row[:, None] * u_tile).to(k_tile.dtype)
         decay = tl.exp(last)
         state = tl.dot(tl.trans(k_tile), written, state * decay)
-        # The next chunk's, by hand: the compiler's pipeline would give it shared memory, and there it is four bytes
-        # short of room for a second program on the same multiprocessor.
-        beyond = rows + (at + HEADS) * ROWS * CHUNK + ROW_G * CHUNK + CHUNK - 1
-        last = tl.load(beyond, mask=left > CHUNK, other=0.0)
+        # The next chunk's last, always by hand: it would take four bytes of shared memory too many.
+        last = tl.load(ends + (at + HEADS) * ROWS * CHUNK, mask=left > CHUNK, other=0.0)
+        if AHEAD:
+            row += HEADS * ROWS * CHUNK
+            betas += CHUNK * beta_token
+            beta_row = tl.load(betas, mask=i < left - CHUNK, other=0.0).to(tl.float32)
+            read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < left - CHUNK, other=0.0)
+            write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < left - CHUNK, other=0.0)
+            out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < left - CHUNK, other=0.0)
     if OUTPUT:
         store_state(final, n.to(tl.int64) * HEADS + head, columns, state, K, V, BLOCK_K, BLOCK_V)
 
@@ -113,43 +165,52 @@ def walk_forwards(
 @triton.jit
 def walk_backwards(
     q, k, do, rows, inverse, attention, dfinal, dinitial, dr, dstates,
-    begin, length, first, n, head, columns,
+    begin, length, first, n, head, column,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """dr and the gradient of the state after every chunk."""
     i = tl.arange(0, CHUNK)
-    i_k = tl.arange(0, BLOCK_K)
-    square = i[:, None] * CHUNK + i[None, :]
+    columns = column + tl.arange(0, BLOCK_V)
     dstate = load_state(dfinal, n, head, columns, HEADS, K, V, BLOCK_K, BLOCK_V, FINAL)
     chunks = tl.cdiv(length, CHUNK)
-    ends = rows + (first * HEADS + head) * ROWS * CHUNK + ROW_G * CHUNK + CHUNK - 1
-    last = tl.load(ends + (chunks - 1) * HEADS * ROWS * CHUNK, mask=length > 0, other=0.0)
+    row = rows + ((first + chunks - 1) * HEADS + head) * ROWS * CHUNK
+    last = tl.load(row + ROW_G * CHUNK + CHUNK - 1, mask=length > 0, other=0.0)
+    read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < length, other=0.0)
+    write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < length, other=0.0)
+    out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < length, other=0.0)
     for back in tl.range(chunks, num_stages=DEPTH):
         step = chunks - 1 - back
         token, left = begin + step * CHUNK, length - step * CHUNK
         at = (first + step) * HEADS + head
-        row = rows + at * ROWS * CHUNK + i
-        k_tile = load_tile(k + token * k_token + (head // GROUP) * k_head, k_token, left, i_k, K, BLOCK_K)
-        do_tile = load_tile(do + token * do_token + head * do_head, do_token, left, columns, V, BLOCK_V)
-        solve = tl.load(inverse + at * CHUNK * CHUNK + square)
-        mix = tl.load(attention + at * CHUNK * CHUNK + square)
+        k_tile = fetch(k, n, step, head // GROUP, 0, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
+        solve = fetch_square(inverse, at, DESCRIBED)
+        mix = fetch_square(attention, at, DESCRIBED)
+        if DESCRIBED:
+            q_tile = fetch(q, n, step, head // GROUP, 0, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
+        do_tile = fetch(do, n, step, head, column, token, left, do_token, do_head, V, BLOCK_V, DESCRIBED)
 
         operand = dstate.to(k_tile.dtype)
         store_state(dstates, at, columns, operand, K, V, BLOCK_K, BLOCK_V)
-        du = tl.dot(k_tile, operand) * tl.load(row + ROW_WRITE * CHUNK)[:, None]
+        du = tl.dot(k_tile, operand) * write_row[:, None]
         du = tl.dot(tl.trans(mix), do_tile, du)
         dr_tile = tl.dot(tl.trans(solve), du.to(k_tile.dtype))
         store_tile(dr + (token * HEADS + head) * V, HEADS * V, left, columns, dr_tile, V)
-        q_tile = load_tile(q + token * q_token + (head // GROUP) * q_head, q_token, left, i_k, K, BLOCK_K)
-        shown = (tl.load(row + ROW_OUT * CHUNK)[:, None] * do_tile).to(k_tile.dtype)
-        read = (-tl.load(row + ROW_READ * CHUNK)[:, None] * dr_tile).to(k_tile.dtype)
+        if not DESCRIBED:
+            q_tile = fetch(q, n, step, head // GROUP, 0, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
+        shown = (out_row[:, None] * do_tile).to(k_tile.dtype)
+        read = (-read_row[:, None] * dr_tile).to(k_tile.dtype)
         decay = tl.exp(last)
         dstate = tl.dot(tl.trans(k_tile), read, dstate * decay)
         dstate = tl.dot(tl.trans(q_tile), shown, dstate)
-        last = tl.load(ends + (step - 1) * HEADS * ROWS * CHUNK, mask=step > 0, other=0.0)
+        row -= HEADS * ROWS * CHUNK
+        last = tl.load(row + ROW_G * CHUNK + CHUNK - 1, mask=step > 0, other=0.0)
+        read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < step * CHUNK, other=0.0)
+        write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < step * CHUNK, other=0.0)
+        out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < step * CHUNK, other=0.0)
     if INITIAL:
         store_state(dinitial, n.to(tl.int64) * HEADS + head, columns, dstate, K, V, BLOCK_K, BLOCK_V)
 
@@ -161,17 +222,18 @@ def forward_kernel(
     v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, DEPTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, HV, V] and final [N, HV, K, V]; one program a sequence, value head and block of V."""
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
-    columns = (program % V_BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = (program % V_BLOCKS) * BLOCK_V
     head, n = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
     begin, length, first = locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN)
     walk_forwards(
-        q, k, v, beta, rows, inverse, attention, initial, final, o, o, o, begin, length, first, n, head, columns,
+        q, k, v, beta, rows, inverse, attention, initial, final, o, o, o, begin, length, first, n, head, column,
         q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
-        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, True, DEPTH,
+        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, True, DEPTH, DESCRIBED,
     )  # fmt: skip
 
 
@@ -184,24 +246,24 @@ def backward_kernel(
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """u and dr [B, T, HV, V], states and dstates [chunks, HV, K, V]; two programs a sequence, head and block of V."""
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0) // 2
-    columns = (program % V_BLOCKS) * BLOCK_V + tl.arange(0, BLOCK_V)
+    column = (program % V_BLOCKS) * BLOCK_V
     head, n = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
     begin, length, first = locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN)
     if tl.program_id(0) % 2 == 0:
         walk_backwards(
-            q, k, do, rows, inverse, attention, dfinal, dinitial, dr, dstates, begin, length, first, n, head, columns,
+            q, k, do, rows, inverse, attention, dfinal, dinitial, dr, dstates, begin, length, first, n, head, column,
             q_token, q_head, k_token, k_head, do_token, do_head,
-            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, FINAL, DEPTH,
+            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, FINAL, DEPTH, DESCRIBED,
         )  # fmt: skip
     else:
         walk_forwards(
             q, k, v, beta, rows, inverse, attention, initial, initial, u, u, states,
-            begin, length, first, n, head, columns,
+            begin, length, first, n, head, column,
             q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
-            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, False, DEPTH,
+            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, False, DEPTH, DESCRIBED,
         )  # fmt: skip

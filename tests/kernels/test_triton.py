@@ -90,6 +90,8 @@ def interpret() -> None:
         ((1, 140, 1, 2, 16, 16, fp32), {"cu": [0, 0, 1, 64, 65, 65, 140]}, True),
         ((1, 70, 1, 1, 32, 16, bf16), {}, True),
         ((1, 70, 1, 1, 32, 16, fp16), {}, True),
+        ((2, 70, 1, 2, 24, 48, fp16), {}, True),  # tiles through descriptors, which reach past T and past K
+        ((1, 70, 1, 1, 20, 24, fp16), {}, True),  # steps that descriptors cannot take
     ]
     for shape, options, normalize in shapes:
         case = draw(*shape, **options, device="cpu")
@@ -166,6 +168,31 @@ def test_repeated_keys_and_zero_rows(normalize):
     case[0][1].copy_(k)
     case[0][0][:, 30] = 0.0
     assert worst(case, normalize, fast_oracle) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_without_a_norm(dtype):
+    """q and k zero or next to zero at the same token, whose reciprocal norm times a value leaves fp16's range."""
+    (q, k, v, g, beta), initial, grads, _ = draw(1, 200, 2, 1, 128, 128, dtype)
+    for x in (q, k):
+        x[:, 20] = 0.0
+        x[:, 30] *= 1e-5
+    v[:, 20:40] *= 200.0
+    for x in grads:
+        x *= 1e-3
+    assert worst(((q, k, v, g, beta), initial, grads, None), reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("key_dim", "offset"), [(128, 0), (128, 3), (20, 0)])
+def test_layouts(key_dim, offset, dtype):
+    """q, k and v cut from one projection: where the copy engine can read them, and where it cannot."""
+    case = draw(2, 150, 3, 1, key_dim, key_dim, dtype)
+    packed = torch.randn(2, 150, 3, 3 * key_dim + 8, device="cuda").to(dtype)
+    cut = tuple(packed[..., offset + n * key_dim : offset + (n + 1) * key_dim] for n in range(3))
+    assert worst(((*cut, *case[0][3:]), *case[1:]), reference=fast_oracle) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
