@@ -6,7 +6,6 @@ written; forward.py and modules.py write the two methods of a class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from keyword import iskeyword
 from math import isfinite
 from typing import Any
@@ -21,7 +20,7 @@ from widthwise.codegen.values import Names
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO
-from widthwise.derive.graph import Dim, Node, Parameter, atoms
+from widthwise.derive.graph import Dim, Node, Parameter, atoms, base_axis
 
 _TAKEN = (
     "F Tensor nn torch Mapping Sequence annotations checkpointing dataclass hashlib re gated_delta_rule "
@@ -36,7 +35,7 @@ USUAL = {"taps": 4}
 EPS = 1e-5
 
 
-def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
+def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
     """The template's variables.
 
     Raises:
@@ -125,9 +124,8 @@ def _place(axis: str) -> int:
 
 
 def _default(graph: Graph, names: Names, node: Node) -> str:
-    if node.attrs.get("base") == "fan_in":
-        return root(config_size(names, graph.shapes[node.inputs[1]][-1]))
-    return "1.0"
+    axis = base_axis(graph, node)
+    return "1.0" if axis is None else root(config_size(names, axis))
 
 
 def _sizes(graph: Graph) -> dict[Dim, str]:

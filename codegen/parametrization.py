@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from widthwise.codegen.text import call, number, power, quoted
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO
-from widthwise.derive.graph import Dim, Node, Parameter, Rows, atoms
+from widthwise.derive.graph import Dim, Node, Parameter, Rows, atoms, base_axis
 from widthwise.derive.table import Rule
 
 NORMS = ("rms_norm", "layer_norm", "l2_norm")
@@ -25,7 +25,7 @@ class Row:
     call: str
 
 
-def context(graph: Graph, table: RuleTable) -> Mapping[str, Any]:
+def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
     """The template's variables.
 
     Raises:
@@ -100,8 +100,8 @@ def _multipliers(graph: Graph, table: RuleTable) -> list[Row]:
         name = role if node.op == "scale" else f"{role}_multiplier"
         path = ".".join(filter(None, (where[node.output], name)))
         arguments = [quoted(role), f"({quoted(path)},)", number(exponent)]
-        if node.attrs.get("base") == "fan_in":
-            arguments.append(f"fan_in={quoted(node.inputs[1])}")
+        if (axis := base_axis(graph, node)) is not None:
+            arguments.append(f"base_axis={quoted(str(axis))}")
         rows.append(Row(f"{power(exponent)}. {_because(rules[role])}", call("Multiplier", arguments, 4)))
     return rows
 

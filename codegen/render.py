@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined, meta
+from jinja2 import Environment, FunctionLoader, StrictUndefined, TemplateError, meta
 
 from widthwise.codegen import model, parametrization, text
 from widthwise.codegen.request import Request
@@ -27,7 +27,7 @@ class Target:
     """What can be emitted: a template, and what fills it."""
 
     template: str
-    context: Callable[[Graph, RuleTable], Mapping[str, Any]]
+    context: Callable[[Graph, RuleTable], dict[str, Any]]
     summary: str
 
 
@@ -52,22 +52,15 @@ def render(request: Request, emit: str = "parametrization") -> str:
     table = request.table(graph)
     text.check_names(graph)
     command = f"widthwise generate {request.arguments}" + ("" if emit == "parametrization" else f" --emit {emit}")
-    written = (
-        _environment()
-        .get_template(target.template)
-        .render(
-            target.context(graph, table),
-            graph=graph,
-            table=table,
-            command=command,
-            template_hash=template_hash(target.template),
-        )
-    )
+    context = target.context(graph, table) | {"graph": graph, "table": table, "command": command}
     try:
+        written = (
+            _environment().get_template(target.template).render(context, template_hash=template_hash(target.template))
+        )
         ast.parse(written)
-    except (SyntaxError, ValueError) as error:
+    except (TemplateError, SyntaxError) as error:
         raise DeriveError(
-            f"{target.template} made text that is not Python: {error}", cure="report it with the description"
+            f"{target.template} made no Python: {type(error).__name__}: {error}", cure="mend the template"
         ) from None
     return written
 

@@ -182,11 +182,16 @@ class Builder:
         *,
         factor: float = 1.0,
         multiplier: str | None = None,
+        base: Dim | Group | None = None,
         output: str | None = None,
     ) -> Tensor:
         """x · factor · n^power, times a multiplier of role ``multiplier`` that the engine solves for, where given.
-        ``factor`` is width-free, so that it matters to who runs the graph and to no exponent."""
-        return self._apply("scale", (x,), name=output, power=exponent(power), carrier=multiplier, factor=factor)
+        ``factor`` is width-free, so that it matters to who runs the graph and to no exponent; so is the multiplier's
+        base value, which is 1, or the size of axis ``base`` to the power -1/2."""
+        usual = {} if base is None else {"base": str(base)}
+        return self._apply(
+            "scale", (x,), name=output, power=exponent(power), carrier=multiplier, factor=factor, **usual
+        )
 
     def reshape(self, x: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
         """The same axes, regrouped: ``g.reshape(q, H, K)``."""
@@ -241,10 +246,12 @@ class Builder:
         scores: str | None = None,
         output: str | None = None,
     ) -> Tensor:
-        """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit."""
+        """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit. The
+        multiplier is K^(-1/2) at the base width."""
         self._last(v)
         heads = q.shape[:-1]
-        logits = self.scale(self.contract(q, k, *heads), power, multiplier=multiplier, output=scores)
+        base = q.shape[-1] if multiplier else None
+        logits = self.scale(self.contract(q, k, *heads), power, multiplier=multiplier, base=base, output=scores)
         probabilities = self._apply("softmax", (logits,), name=None)
         return self.contract(probabilities, v, *heads, v.shape[-1], output=output)
 

@@ -201,3 +201,12 @@ class Graph:
     def makers(self) -> Mapping[str, Node]:
         """The node that makes each tensor."""
         return {node.output: node for node in self.nodes}
+
+
+def base_axis(graph: Graph, node: Node) -> Group | None:
+    """The axis whose size^(-1/2) at the base width is the base value of a node's multiplier; None where that is 1."""
+    base = str(node.attrs.get("base") or "")
+    if base == "fan_in":
+        return graph.shapes[node.inputs[1]][-1]
+    dims = {dim.name: dim for shape in graph.shapes.values() for dim in atoms(shape)}
+    return Group(tuple(dims[name] for name in base.split("*"))) if base else None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.graph import Dim, Graph, Node, Parameter, Shape, atoms
+from widthwise.derive.graph import Dim, Graph, Node, Parameter, Shape, atoms, base_axis
 from widthwise.derive.laws import ONES
 from widthwise.derive.table import RuleTable
 
@@ -129,7 +129,8 @@ def multiplier(graph: Graph, table: RuleTable, setting: Setting, node: Node) -> 
     carrier = node.attrs.get("carrier") or (weights[0] if weights else "")
     rule = next((each for each in table.rules if each.role == carrier), None)
     knob = None if rule is None else rule.multiplier
-    usual = _base_fan_in(setting, graph.shapes[weights[0]]) ** -0.5 if node.attrs.get("base") == "fan_in" else 1.0
+    axis = base_axis(graph, node)
+    usual = 1.0 if axis is None else _base_fan_in(setting, (axis,)) ** -0.5
     scaled: float = 1.0 if knob is None else (setting.width / setting.base) ** float(knob)
     return setting.multipliers.get(carrier, usual) * scaled
 

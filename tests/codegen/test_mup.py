@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     mup = pytest.importorskip("mup", reason="mup is not installed (pip install --no-deps mup==1.0.0)")
 
 BASE, DELTA = 32, 48
+SCORES = {MLP: {}, Transformer: {"attn_scale": 1.0}}  # a base value that the width does not tell
 READOUTS = {MLP: ("output", "output"), Transformer: ("lm_head", "lm_head")}
 NAMES = {MLP: "mlp", Transformer: "transformer"}
 
@@ -41,7 +42,7 @@ class TestSameAsMup:
     ) -> None:
         module = generated(NAMES[make], optimizer=optimizer, preset="tensor-programs-v")
         model = make(width)
-        module.set_multipliers(model, width=width, base_width=BASE)
+        module.set_multipliers(model, width=width, base_width=BASE, base_multipliers=SCORES[make])
         ours = {
             parameter: group["lr"]
             for group in module.param_groups(model, lr=0.1, width=width, base_width=BASE)
@@ -56,7 +57,7 @@ class TestSameAsMup:
     def test_multipliers(self, generated: Callable[..., ModuleType], make: type[nn.Module], width: int) -> None:
         module = generated(NAMES[make], preset="tensor-programs-v")
         name, role = READOUTS[make]
-        ours = module.multipliers(width=width, base_width=BASE)
+        ours = module.multipliers(width=width, base_width=BASE, base_multipliers=SCORES[make])
         readout = getattr(theirs(make, width), name)
         assert ours[role] == readout.output_mult / readout.width_mult()
         if make is Transformer:  # mup's README: scores of q·k / d, where one had q·k / √d
@@ -71,7 +72,7 @@ class TestSameAsMup:
         base = {name.split(".")[-2]: p.shape[-1] for name, p in make(BASE).named_parameters() if p.dim() == 2}
         stds = {role: (3 * fan_in) ** -0.5 for role, fan_in in base.items() if role != "embeddings"}
         scaling = module.SCALING.rename({}, stds=stds)  # nn.Linear's own: uniform in ±fan_in^(-1/2)
-        module.init_(model, width=width, base_width=BASE, scaling=scaling)
+        module.init_(model, width=width, base_width=BASE, scaling=scaling, base_multipliers=SCORES[make])
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 sampling = 3 * (0.5 / parameter.numel()) ** 0.5 * 2**0.5

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 torch = pytest.importorskip("torch")
-from small_models import MLP  # noqa: E402
+from small_models import MLP, Transformer  # noqa: E402
 from torch import nn  # noqa: E402
 
 from widthwise.codegen.request import Request  # noqa: E402
@@ -166,6 +166,24 @@ class TestErrors:
             generated("mlp").init_(model, **WIDE)
         assert same(values(model), before)
         generated("mlp", gauge="absorbed").init_(model, **WIDE)  # which needs none
+
+
+class TestBaseMultipliers:
+    def test_one_that_the_width_does_not_tell_must_be_given(self, generated: Generated) -> None:
+        module, model = generated("transformer"), Transformer(64)
+        with pytest.raises(ValueError, match=r"attn_scale is d_head\^\(-1/2\) at the base width, as a rule: give"):
+            module.init_(model, **WIDE)
+        module.init_(model, base_multipliers={"attn_scale": 8**-0.5}, **WIDE)
+        assert model.model.layers[1].attn.attn_scale == 8**-0.5 / 4
+        module.param_groups(model, lr=1.0, **WIDE)
+
+    def test_that_of_a_tied_readout_follows_from_the_width(self, generated: Generated) -> None:
+        assert generated("gated_deltanet", tied=True).multipliers(**WIDE)["lm_head"] == 16**-0.5 / 4
+
+    def test_others_are_refused(self, generated: Generated) -> None:
+        with pytest.raises(ValueError, match="there are no multipliers outputs"):
+            generated("mlp").multipliers(base_multipliers={"outputs": 2.0}, **WIDE)
+        assert generated("mlp").multipliers(base_multipliers={"output": 2.0}, **WIDE) == {"output": 0.5}
 
 
 class TestInit:
