@@ -242,29 +242,6 @@ def _transfer(entries: list[dict[str, Any]], picture: Path | None) -> None:
         click.echo(f"plotted to {picture}")
 
 
-@cli.command(context_settings={"allow_interspersed_args": True})
-@click.argument("target")
-@click.argument("more", nargs=-1, type=int)
-@click.option("--widths", type=int, multiple=True, help="two or three widths, e.g. --widths 128 160 224")
-@click.option("--name", default="", help="what the graph is called (default: the function)")
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="write to a file")
-def trace(target: str, more: tuple[int, ...], widths: tuple[int, ...], name: str, output: Path | None) -> None:
-    """Trace TARGET, a package.module:function from a width to (module, example inputs), as a graph for derive.
-
-    The model is made on the meta device at each width, so that size costs no memory.
-    """
-    from widthwise.derive.errors import DeriveError
-
-    with _torch():
-        from widthwise.verify.trace.command import traced_text
-    if more and not widths:
-        raise DeriveError("numbers without --widths", cure="write --widths 128 160 224")
-    text, warnings = traced_text(target, (*widths, *more) or (128, 160, 224), name)
-    for warning in warnings:
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
-    _write(text, output)
-
-
 @contextlib.contextmanager
 def _torch() -> Iterator[None]:
     """Says how to get torch where it is missing."""
@@ -294,7 +271,7 @@ class _Spread(click.Command):
 
 @cli.command("coord-check", cls=_Spread)
 @_request
-@click.option("--widths", multiple=True, type=int, default=(64, 128, 256, 512), show_default=True, help="three or more")
+@click.option("--widths", multiple=True, type=int, default=(64, 128, 256), show_default=True, help="three or more")
 @click.option("--base-width", type=int, help="where hyperparameters were tuned (default: the smallest width)")
 @click.option(
     "--rules",
@@ -322,6 +299,24 @@ def coord_check(**options: Any) -> None:
         from widthwise.verify.coord.command import Asked, command
     request = {field.name: options.pop(field.name) for field in dataclasses.fields(Request)}
     sys.exit(command(Request(**request), Asked(**options)))
+
+
+@cli.command(cls=_Spread)
+@click.argument("target")
+@click.option("--widths", multiple=True, type=int, default=(128, 160, 224), show_default=True, help="two or three")
+@click.option("--name", default="", help="what the graph is called (default: the function)")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="write to a file")
+def trace(target: str, widths: tuple[int, ...], name: str, output: Path | None) -> None:
+    """Trace TARGET, a package.module:function from a width to (module, example inputs), as a graph for derive.
+
+    The model is made on the meta device at each width, so that its size costs no memory.
+    """
+    with _torch():
+        from widthwise.verify.trace.command import traced_text
+    text, warnings = traced_text(target, widths, name)
+    for warning in warnings:
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+    _write(text, output)
 
 
 @cli.command("list")

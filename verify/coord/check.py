@@ -45,8 +45,12 @@ class Report:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What failed, in words, in the order of the forward pass."""
-        return tuple(finding(each) for each in self.results if each.verdict == "fail")
+        """What failed, in words, in the order of the forward pass: the knobs themselves where they show, because the
+        rest follows from them."""
+        failed = [each for each in self.results if each.verdict == "fail"]
+        knobs = [each for each in failed if each.kind in ("weight", "step")]
+        rest = f"{len(failed) - len(knobs)} more predictions fail, which may follow from that."
+        return (*map(finding, knobs or failed), *([rest] if 0 < len(knobs) < len(failed) else []))
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -115,10 +119,11 @@ def coordinate_check(
     widths = check_widths(widths)
     found, beside = Measurements(widths), Measurements(widths)
     interrupted = False
+    wanted = {each.name for each in predicted} | {"loss"}
     try:
         if reference is not None:
-            measure(reference, widths, list(seeds)[:2], steps=steps, progress=progress, into=beside)
-        measure(subject, widths, seeds, steps=steps, progress=progress, into=found)
+            measure(reference, widths, list(seeds)[:2], steps=steps, wanted=wanted, progress=progress, into=beside)
+        measure(subject, widths, seeds, steps=steps, wanted=wanted, progress=progress, into=found)
     except KeyboardInterrupt:
         interrupted = True
         if found.whole_seeds < 2:

@@ -55,6 +55,7 @@ def command(request: Request, asked: Asked) -> int:
         DeriveError: for anything that cannot be checked as asked.
     """
     widths = check_widths(asked.widths)
+    torch.set_num_threads(1)  # tensors are small, and a thread that waits for another on a busy machine waits long
     base = asked.base_width or widths[0]
     steps = asked.steps or (THOROUGH_STEPS if asked.thorough else STEPS)
     seeds = asked.seeds or (THOROUGH_SEEDS if asked.thorough else SEEDS)

@@ -19,7 +19,7 @@ def write_json(report: Report, path: Path) -> None:
     Raises:
         DeriveError: when the file cannot be written.
     """
-    text = json.dumps(_plain(report.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(rounded(report.as_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     _atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
@@ -62,11 +62,12 @@ def _panel(panel: Any, widths: Sequence[int], curves: Curves, step: int) -> None
     panel.grid(alpha=0.2)
 
 
-def _plain(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Plain values for JSON: six digits, and null for what is no number."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [rounded(each) for each in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp, isfinite, log, sqrt
 from statistics import fmean
@@ -55,6 +55,10 @@ class Measurements:
             return []
         return [exp(fmean(map(log, column))) for column in columns]
 
+    def means(self, kind: str, name: str, step: int, statistic: str) -> list[float]:
+        """Arithmetic means over seeds, by width."""
+        return [fmean(column) for column in zip(*self.rows(kind, name, step, statistic), strict=True)]
+
 
 class Diverged(DeriveError):
     """A number that is none, with the step and the tensor where it first appeared."""
@@ -66,14 +70,16 @@ def measure(
     seeds: Iterable[int],
     *,
     steps: int = 2,
+    wanted: Container[str] | None = None,
     progress: Callable[[], None] = lambda: None,
     into: Measurements | None = None,
 ) -> Measurements:
     """Run ``steps`` optimizer steps on one batch a seed, looking at everything before the first and at changes
     after each.
 
-    ``progress`` is called after each model; what was measured goes ``into`` something that outlives an interruption,
-    if given. Denormal numbers are flushed on the CPU for as long as this runs, because a decayed state is full of them.
+    Only names in ``wanted`` are looked at, if given. ``progress`` is called after each model; what was measured goes
+    ``into`` something that outlives an interruption, if given. Denormal numbers are flushed on the CPU for as long as
+    this runs, because a decayed state is full of them.
 
     Raises:
         Diverged: when a tensor, a gradient or a parameter stops being finite.
@@ -84,7 +90,7 @@ def measure(
         for seed in seeds:
             batch = subject.batch(seed)
             for width in widths:
-                _one(subject.make(width, seed), batch, steps, _Look(found, width, seed))
+                _one(subject.make(width, seed), batch, steps, _Look(found, width, seed, wanted))
                 progress()
     finally:
         torch.set_flush_denormal(False)
@@ -98,6 +104,7 @@ class _Look:
     found: Measurements
     width: int
     seed: int
+    wanted: Container[str] | None
 
     def at(self, kind: str, name: str, step: int, value: Tensor) -> None:
         """Note the sizes of a tensor.
@@ -105,6 +112,8 @@ class _Look:
         Raises:
             Diverged: when not all of it is finite.
         """
+        if self.wanted is not None and name not in self.wanted:
+            return
         value = value.detach()
         squares = value.square()
         rows = squares.mean(-1) if value.dim() else squares
@@ -126,7 +135,7 @@ class _Look:
         """The same of a change, and of the part of it that all tokens share: its mean over the batch is coherent, the
         rest is not."""
         self.at(kind, name, step, value)
-        if value.dim() > 2:
+        if value.dim() > 2 and (self.wanted is None or name in self.wanted):
             shared = value.flatten(0, 1).mean(0)
             parts = {"coherent": shared, "incoherent": value - shared}
             self.found.note(
@@ -140,17 +149,16 @@ def _one(model: Model, batch: Batch, steps: int, look: _Look) -> None:
         tensors = model.forward(batch)
         parameters = {role: value.detach() for role, value in model.parameters.items()}
         now = Snapshot({name: each.detach() for name, each in tensors.items()}, parameters)
-        for name, value in now.tensors.items():
-            look.at("forward", name, step, value)
         if start is None:
+            for name, value in now.tensors.items():
+                look.at("forward", name, step, value)
             start = Snapshot(now.tensors, {role: value.clone() for role, value in parameters.items()})
             for role, value in now.parameters.items():
                 look.at("weight", role, 0, value)
         else:
             with torch.no_grad():
                 for name, value in now.tensors.items():
-                    if value.dim():
-                        look.at("change", name, step, value - start.tensors[name])
+                    look.at("change", name, step, value - start.tensors[name])
                 for role, value in parameters.items() if step == 1 else ():
                     look.at("step", role, step, value - start.parameters[role])
                 for effect in model.effects(start, now, batch):

@@ -1,0 +1,123 @@
+"""Somebody's own factory, seen from outside."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from widthwise.codegen.request import Request
+from widthwise.derive import DeriveError, Graph, RuleTable
+from widthwise.derive.toml_io import write_toml
+from widthwise.verify.coord.check import Report, coordinate_check
+from widthwise.verify.coord.emitted import imported
+from widthwise.verify.coord.factory import Factory, described_by
+from widthwise.verify.coord.predict import predictions
+
+WIDTHS, BASE = (64, 128, 256), 64
+
+
+@cache
+def generated() -> tuple[Any, Any, Graph, RuleTable]:
+    from widthwise.codegen.render import render
+
+    request = Request("gated_deltanet")
+    graph = request.graph()
+    modules = imported(render(request, "model"), "own_model"), imported(render(request), "own_rules")
+    return *modules, graph, request.table(graph)
+
+
+def make_model(width: int) -> nn.Module:
+    model, rules, _, _ = generated()
+    sizes = {"width": BASE, "depth": 1, "vocab": 32, "H": 2, "d_k": 32, "d_v": 32, "ffn": 64}
+    made: nn.Module = model.GatedDeltaNetLM(**model.GatedDeltaNetLM.widened(width, **sizes), norm_eps=1e-12)
+    rules.init_(made, width=width, base_width=BASE, seed=torch.initial_seed() % 2**31)
+    return made
+
+
+def with_optimizer(width: int, wrong: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = make_model(width)
+    if wrong:
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    groups = generated()[1].param_groups(model, lr=1e-3, eps=1e-12, width=width, base_width=BASE)
+    return model, torch.optim.AdamW(groups)
+
+
+def check(make: Callable[[int], Any], seeds: int = 3) -> Report:
+    _, _, graph, table = generated()
+    factory = Factory("own:make", make, graph, table, BASE)
+    return coordinate_check(factory, predictions(graph, table), WIDTHS, seeds=range(seeds), steps=1)
+
+
+@pytest.mark.parametrize("make", [make_model, with_optimizer, lambda width: torch.compile(make_model(width))])
+def test_correct_models_pass(make: Callable[[int], Any]) -> None:
+    report = check(make)
+    assert report.passed, report.findings
+    assert {each.kind for each in report.results} == {
+        "forward", "gradient", "weight", "weight gradient", "step", "own step", "upstream", "change",
+    }  # fmt: skip
+
+
+def test_one_learning_rate_for_all_fails() -> None:
+    report = check(partial(with_optimizer, wrong=True), seeds=2)
+    assert any(
+        line.startswith("q_proj steps as n^-0.00") or "q_proj steps as n^0.00" in line for line in report.findings
+    )
+
+
+def test_hooks_are_removed() -> None:
+    made = []
+
+    def make(width: int) -> nn.Module:
+        made.append(make_model(width))
+        return made[-1]
+
+    check(make, seeds=2)
+    assert not any(module._forward_hooks for model in made for module in model.modules())
+
+
+def _extra(width: int) -> nn.Module:
+    model = make_model(width)
+    if width > BASE:
+        model.extra = nn.Parameter(torch.zeros(3))
+    return model
+
+
+def _unnamed(width: int) -> nn.Module:
+    model = make_model(width)
+    model.extra = nn.Parameter(torch.zeros(3))
+    return model
+
+
+def _boom(width: int) -> nn.Module:
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda width: make_model(BASE), "same shapes"),
+        (_extra, "no rule names the parameter extra|extra is a parameter at width"),
+        (_unnamed, "no rule names the parameter extra"),
+        (_boom, "boom"),
+        (lambda width: 3, "gave int, not a model"),
+        (lambda width: nn.Linear(width, width), "no rule names the parameter weight"),
+    ],
+)
+def test_unfit_factories_are_refused(make: Callable[[int], Any], told: str) -> None:
+    with pytest.raises(DeriveError, match=told):
+        check(make)
+
+
+def test_rules_say_which_graph_they_are_about(tmp_path: Path) -> None:
+    _, _, graph, table = generated()
+    file = tmp_path / "rules.toml"
+    file.write_text(write_toml(table), encoding="utf-8")
+    read_graph, read_table = described_by(file, None)
+    assert read_table == table
+    assert read_graph.named == graph.named
+    with pytest.raises(DeriveError, match="could not be imported"):
+        Factory.imported("no.such:thing", graph, table, BASE)
