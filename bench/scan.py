@@ -4,6 +4,7 @@
     python bench/scan.py --peers             with flash-linear-attention and FlashQLA, where they are installed
     python bench/scan.py --only 1 --peers    one row (to fill the peers' compile caches in parallel beforehand)
     python bench/scan.py --first             seconds to the first forward+backward, compile cache empty
+    python bench/scan.py --launches          the medians of our own launches, in µs, by the profiler
 
 Every implementation runs in this process on the same inputs through its own public function and autograd. A peer that
 fails leaves its message in the table. Times in ms.
@@ -165,6 +166,23 @@ def measure(rule: Implementation, row: tuple, inputs: list[Tensor], peer: bool) 
     return out
 
 
+def launches(inputs: list[Tensor]) -> dict[str, float]:
+    """Median µs of each of our kernels in a forward+backward."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        gradients(widthwise, inputs)
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(12):
+            gradients(widthwise, inputs)
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in record.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.name.endswith("_kernel"):
+            found.setdefault(event.name, []).append(event.device_time)
+    return {name: round(sorted(times)[len(times) // 2], 1) for name, times in found.items()}
+
+
 def first_result(row: tuple) -> float:
     """Seconds from having imported to the first gradients, in a fresh process with an empty compile cache."""
     shape = ", ".join(map(str, row[:5]))
@@ -189,6 +207,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--only", type=int, help="number of one row, from 1")
     parser.add_argument("--first", action="store_true")
+    parser.add_argument("--launches", action="store_true")
     parser.add_argument("--out", help="a JSON file for all figures")
     arguments = parser.parse_args()
     import triton
@@ -206,6 +225,9 @@ def main() -> None:
         ahead, both = floor(*row)
         print(f"{number} {shape} floor fwd {ahead:.3f} f+b {both:.3f}", flush=True)
         inputs = draw(*row)
+        if arguments.launches:
+            print("   ", launches(inputs), flush=True)
+            continue
         for name, rule in rules.items():
             if name == "flashqla" and (row[3:5] != (128, 128) or row[5] == FP32):
                 continue

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton: pointers everywhere
+    TensorDescriptor = None
 
 CHUNK = 64
 
@@ -76,7 +80,9 @@ def describable(*tensors: Tensor) -> bool:
     """Whether the copy engine, which Hopper has and which takes 16-byte steps, can read such tensors, and should:
     not in fp32, whose tiles pass through registers in any case."""
     size = tensors[0].element_size()
-    if size == 4 or (tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9):
+    if TensorDescriptor is None or size == 4:
+        return False
+    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
         return False
     return all(
         x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(size * step % 16 == 0 for step in x.stride()[:-1])
@@ -92,6 +98,11 @@ def describe(x: Tensor, batch: Batch, block: int) -> TensorDescriptor:
     token, head, _ = x.stride()
     shape = [batch.sequences, x.shape[1], batch.length, x.shape[2]]
     return TensorDescriptor(x, shape, [token * batch.length, head, token, 1], [1, 1, CHUNK, block])
+
+
+def describe_squares(x: Tensor) -> TensorDescriptor:
+    """A descriptor of ``x`` [chunks, heads, C, C] as so many [C, C] matrices in a row."""
+    return TensorDescriptor.from_tensor(x.view(-1, CHUNK, CHUNK), [1, CHUNK, CHUNK])
 
 
 def power_of_two(x: int) -> int:

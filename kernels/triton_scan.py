@@ -8,12 +8,12 @@ as one of q, k, v.
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from widthwise.kernels import triton_launch as launch
 from widthwise.kernels.reference import L2_EPS, l2_normalize
@@ -57,15 +57,14 @@ def _through_norm(x: Tensor, dx: Tensor) -> Tensor:
 def _tiles(
     batch: launch.Batch, blocks: dict[str, int], keys: tuple[Tensor, ...], values: tuple[Tensor, ...],
     squares: tuple[Tensor, ...],
-) -> tuple[bool, list[Tensor | TensorDescriptor]]:  # fmt: skip
+) -> tuple[bool, list[Any]]:  # fmt: skip
     """What a walk reads tile by tile, in order: as descriptors for the copy engine and True, or as it is and False."""
     if batch.cu_seqlens is not None or not launch.describable(*keys, *values):
         return False, [*keys, *values, *squares]
-    wide = [(x, blocks[name]) for name, group in (("BLOCK_K", keys), ("BLOCK_V", values)) for x in group]
-    flat = [x.view(-1, CHUNK, CHUNK) for x in squares]
     return True, [
-        *(launch.describe(x, batch, block) for x, block in wide),
-        *(TensorDescriptor.from_tensor(x, [1, CHUNK, CHUNK]) for x in flat),
+        *(launch.describe(x, batch, blocks["BLOCK_K"]) for x in keys),
+        *(launch.describe(x, batch, blocks["BLOCK_V"]) for x in values),
+        *(launch.describe_squares(x) for x in squares),
     ]
 
 
