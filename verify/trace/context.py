@@ -166,7 +166,9 @@ class Emitter:
         )
 
     def scaled(self, site: Site, source: Site, values: Sequence[float]) -> list[Value]:
-        """A number times a tensor."""
+        """A number times a tensor; one leaves it as it is."""
+        if set(values) == {1.0}:
+            return self.each(site, lambda key, _: self.pick(site, self.value(source), key))
         power = self.names.power(tuple(abs(each) for each in values), site)
         attrs = {"power": power, "carrier": None, "factor": float(values[0]) if power == 0 else 1.0}
         return self.each(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from widthwise.derive.exponents import HALF, ZERO
-from widthwise.derive.graph import Group, Shape, atoms, extent
+from widthwise.derive.exponents import ZERO
+from widthwise.derive.graph import Group, Shape, atoms
 from widthwise.derive.laws import NORMAL, ONES, TAPS, UNIT_NORMAL, ZEROS
-from widthwise.verify.trace.axes import Dimension, Piece, identify, new, resolved
+from widthwise.verify.trace.axes import Dimension, Piece, identify, new
 from widthwise.verify.trace.context import Axes, Emitter, Key, Value, rule
 from widthwise.verify.trace.entrywise import summed
-from widthwise.verify.trace.sites import Site, Varying, numbers
+from widthwise.verify.trace.sites import Site, Varying
 
 
 def _role(emitter: Emitter, site: Site, weight: Site, key: Key) -> str:
@@ -73,9 +73,7 @@ def _linear(emitter: Emitter, site: Site) -> list[Value]:
         source = _last_group(emitter, site, given, fan_in)
         attrs: dict[str, Any] = {}
         if carrier:
-            attrs = (
-                {"carrier": role} if carrier == "own" else {"carrier": emitter.names.unique(carrier), "base": "fan_in"}
-            )
+            attrs = {"carrier": role if carrier == "own" else emitter.names.unique(carrier)}
         y = emitter.apply(site, "linear", (source, role), f"z_{role}" if not carrier else "logits", **attrs)
         return _biased(emitter, site, y, _bias(site), key, chosen)
 
@@ -198,13 +196,33 @@ def _conv(emitter: Emitter, site: Site) -> list[Value]:
     return emitter.each(site, make)
 
 
+def _taps_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
+    x, weight = (axes.of(each) for each in site.args)
+    identify(x[-1], weight[0])
+    return [x]
+
+
+@rule("taps.conv1d", axes=_taps_axes)
+def _taps(emitter: Emitter, site: Site) -> list[Value]:
+    x, weight = site.args
+
+    def make(key: Key, chosen: tuple[Piece, ...]) -> str:
+        role = _role(emitter, site, weight, key)
+        emitter.law(role, TAPS)
+        source = emitter.grouped(site, emitter.pick(site, emitter.value(x), key), chosen)
+        return emitter.apply(site, "conv1d", (source, role), f"z_{role}", gain=3.0**-0.5)
+
+    return emitter.each(site, make)
+
+
 # -- look-ups ----------------------------------------------------------------------------------------------------------
 
 
 @rule("aten.embedding", axes=lambda axes, site: [[*axes.of(site.args[1]), axes.of(site.args[0])[1]]])
 def _embedding(emitter: Emitter, site: Site) -> list[Value]:
     role = emitter.whole(site, site.args[0], "a look-up")
-    emitter.law(role, UNIT_NORMAL)
+    tied = any(each.args[1] is site.args[0] for each in emitter.readouts)
+    emitter.law(role, NORMAL if tied else UNIT_NORMAL)  # a tied one without a multiplier is drawn for Θ(1) logits
     return [{frozenset(): emitter.apply(site, "embedding", (role,), f"x_{role}")}]
 
 
@@ -242,109 +260,3 @@ def _norm(emitter: Emitter, site: Site) -> list[Value]:
     if any(each.key is not None for each in emitter.keys(emitter.dims(x)[-1:])[0][1]):
         raise site.refuse("a norm over a packed dimension")
     return emitter.each(site, make)
-
-
-# -- attention and the scan --------------------------------------------------------------------------------------------
-
-
-def _attention_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
-    q, k, v = (axes.of(each) for each in site.args[:3])
-    identify(q[-1], k[-1])
-    if site.kwargs.get("enable_gqa"):
-        _share_heads(axes, q[-3], k[-3], site.args[0].shape[-3], site.args[1].shape[-3])
-        _share_heads(axes, q[-3], v[-3], site.args[0].shape[-3], site.args[2].shape[-3])
-    else:
-        axes.broadcast(q[:-2], k[:-2])
-        axes.broadcast(q[:-2], v[:-2])
-    axes.heads += [q[-1], v[-1]]
-    return [[*q[:-1], v[-1]]]
-
-
-def _share_heads(axes: Axes, many: Dimension, few: Dimension, count: Sequence[int], of: Sequence[int]) -> None:
-    """Consecutive heads of ``many`` share one of ``few``."""
-    identify(many, [*few, *new(tuple(a // b for a, b in zip(count, of, strict=True)))])
-
-
-@rule("aten.scaled_dot_product_attention", axes=_attention_axes)
-def _attention(emitter: Emitter, site: Site) -> list[Value]:
-    q, k, v = (emitter.whole(site, each, "attention") for each in site.args[:3])
-    if any(not each.constant for each in site.inputs[3:]):
-        raise site.refuse("the attention mask depends on the data")
-    keys = emitter.dims(site.args[0])[-1]
-    key_dims = [emitter.names.dim(axis) for axis in resolved(keys)]
-    scale = site.kwargs.get("scale")
-    values = [1.0] if scale is None else numbers(scale, len(emitter.widths))
-    power = -extent(tuple(key_dims)) * HALF if scale is None else emitter.names.power(values, site)
-    present = {*atoms(emitter.shapes[q]), *atoms(emitter.shapes[k])}
-    heads = tuple(dim for dim in atoms(emitter.shapes[q]) if dim in present and dim not in key_dims)
-    groups = tuple(Group((dim,)) for dim in heads)
-    scores = emitter.apply(site, "einsum", (q, k), shape=groups)
-    factor = float(values[0]) if power == 0 else 1.0
-    scores = emitter.apply(
-        site, "scale", (scores,), "scores", power=power, carrier=emitter.names.unique("attn_scale"), factor=factor
-    )
-    weights = emitter.apply(site, "softmax", (scores,))
-    (chosen,) = [chosen for _, chosen in emitter.keys(emitter.dims(site))]
-    wanted = emitter.shape(chosen, {*heads, *atoms(emitter.shapes[v])})
-    return [{frozenset(): emitter.apply(site, "einsum", (weights, v), "o", shape=wanted)}]
-
-
-def _scan_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
-    q, k, v, *gates = (axes.of(each) for each in site.inputs)
-    identify(q[-1], k[-1])
-    axes.broadcast(q[:-1], k[:-1])
-    heads, shared = site.inputs[2].shape[-2], site.inputs[0].shape[-2]
-    _share_heads(axes, v[-2], q[-2], heads, shared)
-    for gate in gates:
-        axes.broadcast(gate[: len(v) - 1], v[:-1])
-    axes.heads += [q[-1], v[-1]]
-    return [v]
-
-
-@rule("widthwise_trace.scan", axes=_scan_axes)
-def _scan(emitter: Emitter, site: Site) -> list[Value]:
-    g, beta, scale, normalize, erase = site.args[3:8]
-    q, k, v = (emitter.whole(site, each, "the scan") for each in site.args[:3])
-    chosen = [emitter.keys(emitter.dims(each))[0][1] for each in site.args[:3]]
-    q, k, v = (emitter.grouped(site, each, at) for each, at in zip((q, k, v), chosen, strict=True))
-    return [{frozenset(): scanned(emitter, site, (q, k, v), g, beta, scale, normalize, erase)}]
-
-
-def scanned(
-    emitter: Emitter,
-    site: Site,
-    qkv: tuple[str, str, str],
-    g: Site | None,
-    beta: Site | None,
-    scale: Any,
-    normalize: bool,
-    erase: bool,
-) -> str:
-    """The nodes of a gated delta rule: norms of q and k, decay, the scan, and the place of a multiplier behind it."""
-    q, k, v = qkv
-    keys = emitter.shapes[k][-1]
-    if normalize:
-        q, k = (emitter.apply(site, "l2_norm", (each,), axis=keys, eps=1e-6) for each in (q, k))
-    gates = []
-    if g is not None:
-        gates.append(emitter.apply(site, "exp", (emitter.whole(site, g, "a decay"),), "alpha"))
-    if beta is not None:
-        gates.append(emitter.whole(site, beta, "a writing strength"))
-    length = extent(atoms((keys,)))
-    power = -length * HALF if scale is None else emitter.names.power(numbers(scale, len(emitter.widths)), site)
-    o = emitter.apply(
-        site,
-        "scan",
-        (q, k, v, *gates),
-        "o",
-        power=power,
-        key_scale=scale is None,
-        decay=g is not None,
-        strength=beta is not None,
-        erase=erase,
-        state=None,
-    )
-    if not erase:
-        return o
-    carrier = emitter.names.unique("o_scale")
-    return emitter.apply(site, "scale", (o,), "o_scaled", power=ZERO, carrier=carrier, factor=1.0)

@@ -80,6 +80,8 @@ def _program(module: torch.nn.Module, example: tuple[Any, ...], width: int) -> t
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(module, example, strict=False)
+    except DeriveError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DeriveError(
@@ -94,7 +96,7 @@ def _frame(error: BaseException, module: torch.nn.Module) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename.replace("\\", "/")
-        if "/torch/" not in name and "/widthwise/" not in name and "/verify/trace/" not in name:
+        if name.endswith(".py") and not any(f"/{each}/" in name for each in ("torch", "sympy", "widthwise")):
             found = f"{name.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found or type(module).__name__

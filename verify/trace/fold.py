@@ -98,6 +98,8 @@ def _describe(block: _Block, readers: Mapping[Site, Sequence[Site]]) -> None:
                 own = name.startswith(f"{block.prefix}.")
                 return ("parameter", name[len(block.prefix) :] if own else name, tuple(value.shape), value.trainable)
             if value.constant:
+                if value.kind == "op" and f"{value.module}.".startswith(f"{block.prefix}."):
+                    return ("constant", value.op, plain([each for each in value.args if not isinstance(each, Site)]))
                 return ("constant", value.name)
             return ("carried", carried.setdefault(value, len(carried)), tuple(value.shape))
         if isinstance(value, list | tuple):
@@ -109,7 +111,9 @@ def _describe(block: _Block, readers: Mapping[Site, Sequence[Site]]) -> None:
     signature = tuple(
         (site.op, plain(site.args), plain(site.kwargs), tuple(map(tuple, site.shapes))) for site in block.sites
     )
-    outputs = [site for site in block.sites if any(each not in inside for each in readers.get(site, ()))]
+    outputs = [
+        site for site in block.sites if any(each not in inside and not each.constant for each in readers.get(site, ()))
+    ]
     if len(carried) == 1 and len(outputs) == 1:
         block.carried, block.output = next(iter(carried)), outputs[0]
         block.signature = (signature, inside[outputs[0]])

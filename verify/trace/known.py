@@ -29,6 +29,25 @@ def transformers_gated_delta_rule(
     return scan(query, key, value, g, beta, None, use_qk_l2norm_in_kernel), None
 
 
+@stand_in("widthwise.kernels*:gated_delta_rule")
+def own_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    normalize_qk: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    if initial_state is not None or output_final_state or cu_seqlens is not None:
+        raise DeriveError("a scan that carries a state or packs sequences", cure="trace it without")
+    return scan(q, k, v, g, beta, scale, normalize_qk), None
+
+
 @stand_in("fla.*:chunk_gated_delta_rule", "fla.*:fused_recurrent_gated_delta_rule")
 def fla_gated_delta_rule(
     q: Tensor,

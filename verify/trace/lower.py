@@ -16,6 +16,7 @@ from widthwise.verify.trace.fold import folded
 from widthwise.verify.trace.names import Names
 from widthwise.verify.trace.norms import with_norms
 from widthwise.verify.trace.sites import Site, tensors
+from widthwise.verify.trace.taps import with_taps
 
 VIEWS = ("view", "reshape", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute")
 
@@ -24,7 +25,7 @@ def lowered(
     sites: Sequence[Site], parameters: Sequence[str], widths: tuple[int, ...], name: str, title: str
 ) -> tuple[Graph, list[str]]:
     """The graph, and warnings."""
-    layers = folded(with_norms(cleaned(sites)))
+    layers = folded(with_taps(with_norms(cleaned(sites))))
     axes = _axes(layers.sites, widths)
     for start, end in layers.carries:
         for before, after in zip(axes.of(start), axes.of(end), strict=True):
@@ -51,7 +52,7 @@ def lowered(
         MappingProxyType({role: each for role, each in emitter.parameters.items() if role in used}),
         MappingProxyType(emitter.shapes),
         tuple(emitter.named),
-        MappingProxyType({"widths": ", ".join(map(str, widths))}),
+        MappingProxyType({}),
         tuple((_one(emitter, start), _one(emitter, end)) for start, end in layers.carries),
         title if title.isidentifier() else "",
     )
@@ -125,12 +126,17 @@ def _readouts(logits: Site, sites: Sequence[Site]) -> dict[Site, str]:
     while True:
         op = family(site.op)
         activations = [each for each in site.inputs if not each.constant and each.kind != "parameter"]
-        if op == "aten.linear":
+        gained = op != "aten.add" and any(each.kind == "parameter" for each in site.inputs)
+        if op == "aten.linear":  # reached through views, sums with a bias and numbers alone
             weight = site.args[1]
             readers = [each for each in sites if weight in each.inputs]
             tied = len(readers) > 1
             return {site: site.module.rsplit(".", 1)[-1] or "logits_scale" if tied else "own"}
-        if len(activations) == 1 and (op.removeprefix("aten.") in VIEWS or op == "aten.add"):
+        if (
+            len(activations) == 1
+            and not gained
+            and (op.removeprefix("aten.") in VIEWS or op in ("aten.add", "aten.mul", "aten.div"))
+        ):
             site = activations[0]
         else:
             return {}

@@ -58,6 +58,10 @@ class Varying:
     values: tuple[float, ...]
 
 
+CONSTANT = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
+"""Calls that take nothing but a shape from their input."""
+
+
 def tensors(value: Any) -> Iterator[Site]:
     """Every site in nested arguments."""
     if isinstance(value, Site):
@@ -117,7 +121,8 @@ def aligned(programs: Sequence[torch.export.ExportedProgram], modules: Sequence[
         elif site.kind == "input" and site.name in signature.inputs_to_buffers:
             site.kind, site.names = "buffer", (signature.inputs_to_buffers[site.name],)
             site.op = "buffer"
-        site.constant = {
+        made_of_nothing = site.op.split(".")[1:2] and site.op.split(".")[1] in CONSTANT
+        site.constant = bool(made_of_nothing) or {
             "parameter": False,
             "buffer": True,
             "input": not site.number,

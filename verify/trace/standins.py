@@ -17,6 +17,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -40,17 +41,24 @@ def stand_in(*names: str) -> Callable[[Function], Function]:
 def standing_in() -> Iterator[None]:
     """Put the stand-ins in place, and take them away again."""
     undo: list[tuple[Any, str, Any]] = []
+    functions: dict[int, Callable[..., Any]] = {}
+    modules = [(name, module) for name, module in list(sys.modules.items()) if isinstance(module, ModuleType)]
     try:
         for glob, function in STAND_INS.items():
             module_glob, _, path = glob.partition(":")
             owner_glob, _, attribute = path.rpartition(".")
-            for name, module in list(sys.modules.items()):
-                if module is None or not fnmatchcase(name, module_glob):
-                    continue
-                for owner in _owners(module, owner_glob):
-                    if attribute in vars(owner):
+            for name, module in modules:
+                for owner in _owners(module, owner_glob) if fnmatchcase(name, module_glob) else ():
+                    if attribute in vars(owner) and vars(owner)[attribute] is not function:
                         undo.append((owner, attribute, vars(owner)[attribute]))
                         setattr(owner, attribute, function)
+                        if owner is module:
+                            functions[id(undo[-1][2])] = function
+        for _, module in modules:  # whoever imported one of them by name
+            for attribute, value in list(vars(module).items()):
+                if id(value) in functions:
+                    undo.append((module, attribute, value))
+                    setattr(module, attribute, functions[id(value)])
         yield
     finally:
         for owner, attribute, old in reversed(undo):

@@ -45,7 +45,7 @@ LLAMA = {
     "q_proj": "q_proj",
     "k_proj": "k_proj",
     "v_proj": "v_proj",
-    "attn_scale": "attn_scale",
+    "attn_factor": "attn_scale",
     "o_proj": "o_proj",
     "post_attention_layernorm": "mlp_norm",
     "gate_proj": "gate_proj",
@@ -73,11 +73,11 @@ def test_llama_with_a_fixed_number_of_heads(traced) -> None:
     for optimizer in OPTIMIZERS:
         mine, theirs = derive(graph, optimizer), derive(architecture("transformer"), optimizer)
         for role, other in LLAMA.items():
-            if role != "attn_scale":
+            if role != "attn_factor":
                 a, b = mine.rule(role), theirs.rule(other)
                 assert [getattr(a, knob) for knob in KNOBS] == [getattr(b, knob) for knob in KNOBS], (optimizer, role)
         assert theirs.rule("attn_scale").multiplier == -1
-        assert mine.rule("attn_scale").multiplier == -HALF
+        assert mine.rule("attn_factor").multiplier == -HALF
 
 
 def test_tied_llama(traced) -> None:
@@ -125,7 +125,7 @@ def test_mamba2(traced) -> None:
 def test_qwen3_next(traced) -> None:
     """Hybrid, routed, packed: 48 parameters of one layer group become one role each, rows by rows."""
     roles = {"embed_tokens": "embed", "model_norm": "norm", "lm_head": "lm_head"}
-    roles |= {"o_scale": "o_scale", "attn_scale": "attn_scale", "A_log": "A_log", "dt_bias": "dt_bias"}
+    roles |= {"o_scale": "o_scale", "attn_factor": "attn_scale", "A_log": "A_log", "dt_bias": "dt_bias"}
     roles |= {f"in_proj_qkvz_{at}": f"{name}_proj" for at, name in enumerate("qkvz")}
     roles |= {f"in_proj_ba_{at}": f"{name}_proj" for at, name in enumerate("ba")}
     roles |= {f"conv1d_{at}": f"{name}_conv1d" for at, name in enumerate("qkv")}

@@ -1,0 +1,276 @@
+"""What works, and what is refused with the call, its module, its line and a cure."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from traced_models import MLP, WIDTHS, Hidden, mlp
+
+from widthwise.derive import derive
+from widthwise.derive.errors import DeriveError
+from widthwise.derive.exponents import HALF
+from widthwise.derive.ops import pointwise
+from widthwise.derive.ops.registry import OPS, Op, always
+from widthwise.verify.trace import stand_in, trace
+from widthwise.verify.trace.standins import STAND_INS
+
+
+class Around(nn.Module):
+    """A hidden layer with something done around it."""
+
+    def __init__(self, n: int, done, **more: nn.Module) -> None:
+        super().__init__()
+        self.input, self.hidden, self.output = nn.Linear(6, n), nn.Linear(n, n), nn.Linear(n, 5)
+        for name, module in more.items():
+            setattr(self, name, module)
+        self.done = done
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.done(self, self.input(x)))
+
+
+def around(done, **more):
+    return lambda n: (Around(n, done, **{name: make(n) for name, make in more.items()}), (torch.zeros(3, 6),))
+
+
+def rules(make, optimizer: str = "adamw"):
+    return derive(trace(make).graph, optimizer)
+
+
+class TestWorks:
+    def test_dropout_in_training(self) -> None:
+        table = rules(around(lambda m, x: m.drop(m.hidden(x).relu()), drop=lambda n: nn.Dropout(0.1)))
+        assert table.rule("hidden").lr == -1
+
+    def test_buffers(self) -> None:
+        class Buffered(MLP):
+            def __init__(self, n: int) -> None:
+                super().__init__(n)
+                self.register_buffer("mask", torch.ones(6, dtype=torch.bool))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x.masked_fill(self.mask, 0.0))
+
+        assert rules(lambda n: (Buffered(n), (torch.zeros(3, 6),))).rule("hidden").lr == -1
+
+    def test_frozen_adapters(self) -> None:
+        def make(n: int):
+            model = MLP(n)
+            for parameter in model.layers.parameters():
+                parameter.requires_grad_(False)
+            return model, (torch.zeros(3, 6),)
+
+        table = rules(make)
+        assert table.rule("hidden").lr is None
+        assert table.rule("input").lr == 0
+
+    def test_a_low_rank_adapter_beside_a_frozen_weight(self) -> None:
+        def make(n: int):
+            def done(m, x):
+                return (m.hidden(x) + m.up(m.down(x))).relu()
+
+            model = Around(n, done, down=nn.Linear(n, 4, bias=False), up=nn.Linear(4, n, bias=False))
+            model.hidden.requires_grad_(False)
+            return model, (torch.zeros(3, 6),)
+
+        table = rules(make)
+        assert table.rule("hidden").lr is None
+        assert table.rule("down").lr == -1
+        assert table.rule("up").lr == 0
+
+    def test_a_layer_used_twice(self) -> None:
+        table = rules(around(lambda m, x: m.hidden(m.hidden(x).relu()).relu()))
+        assert table.rule("hidden").init_std == -HALF
+
+    def test_an_in_place_nonlinearity(self) -> None:
+        table = rules(around(lambda m, x: torch.relu_(m.hidden(x))))
+        assert table.rule("hidden").lr == -1
+
+    def test_axes_that_coincide_at_one_width(self) -> None:
+        """At width 128 the fixed rank, the batch of features and the width are all 128."""
+
+        def make(n: int):
+            model = nn.Sequential(nn.Linear(128, n), nn.ReLU(), nn.Linear(n, 128), nn.ReLU(), nn.Linear(128, 128))
+            return model, (torch.zeros(128, 128),)
+
+        shapes = {rule.role: rule for rule in rules(make).rules}
+        assert shapes["_0"].lr == 0
+        assert shapes["_2"].lr == -1
+        assert shapes["_4"].lr == 0
+
+    def test_a_rounded_size_is_said(self) -> None:
+        traced = trace(around(lambda m, x: m.back(m.hidden(x)), back=lambda n: nn.Identity()))
+        assert not traced.warnings
+
+        def make(n: int):
+            ffn = -(-8 * n // 3 // 16) * 16
+            return nn.Sequential(nn.Linear(6, n), nn.ReLU(), nn.Linear(n, ffn), nn.ReLU(), nn.Linear(ffn, 5)), (
+                torch.zeros(3, 6),
+            )
+
+        (warning,) = trace(make).warnings
+        assert re.search(
+            r"has 352, 432, 608 entries at widths 128, 160, 224: no power of the width; taken as n\^1", warning
+        )
+
+    def test_norms_written_out(self) -> None:
+        def normed(m, x):
+            return m.hidden(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+        def centred(m, x):
+            y = x - x.mean(-1, keepdim=True)
+            return m.hidden(y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6))
+
+        def length(m, x):
+            return m.hidden(nn.functional.normalize(x, dim=-1))
+
+        for done, op in ((normed, "rms_norm"), (centred, "layer_norm"), (length, "l2_norm")):
+            graph = trace(around(done)).graph
+            assert [node.op for node in graph.nodes if node.op.endswith("norm")] == [op]
+
+    def test_an_own_nonlinearity_with_a_rule(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        make = around(lambda m, x: nn.functional.mish(m.hidden(x)))
+        with pytest.raises(DeriveError, match=r"aten.mish.default has no rule"):
+            trace(make)
+        monkeypatch.setitem(
+            OPS,
+            "mish",
+            Op(
+                "mish",
+                lambda s, a: s[0],
+                OPS["silu"].forward,
+                OPS["silu"].backward,
+                always("absolute"),
+                None,
+                ("aten.mish",),
+            ),
+        )
+        monkeypatch.setitem(pointwise.NONLINEARITIES, "mish", pointwise.NONLINEARITIES["silu"])
+        from widthwise.derive import gaussian
+
+        monkeypatch.setitem(gaussian.FUNCTIONS, "mish", gaussian.FUNCTIONS["silu"])
+        assert derive(trace(make).graph).rule("hidden").lr == -1
+
+
+def kernel(x: Tensor, y: Tensor) -> Tensor:
+    """What cannot be traced: it looks at values."""
+    return x * y if bool((x > 0).all()) else y
+
+
+class TestStandIns:
+    def test_five_lines(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        make = around(lambda m, x: kernel(m.hidden(x), x))
+        with pytest.raises(DeriveError, match="refuses the model at width 128"):
+            trace(make)
+        monkeypatch.setattr("widthwise.verify.trace.standins.STAND_INS", dict(STAND_INS))
+
+        @stand_in(f"{__name__}:kernel")
+        def gate(x: Tensor, y: Tensor) -> Tensor:
+            return torch.sigmoid(x) * y
+
+        before = kernel
+        assert derive(trace(make).graph).rule("hidden").lr == -1
+        assert kernel is before
+
+
+class Branch(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = -x
+        return super().forward(x)
+
+
+class Deeper(MLP):
+    def __init__(self, n: int) -> None:
+        super().__init__(n, depth=n // 32)
+
+
+class TestRefused:
+    def check(self, make, *said: str) -> None:
+        with pytest.raises(DeriveError) as caught:
+            trace(make, WIDTHS)
+        text = str(caught.value)
+        for each in said:
+            assert re.search(each, text), text
+
+    def test_control_flow_that_depends_on_data(self) -> None:
+        self.check(
+            lambda n: (Branch(n), (torch.zeros(3, 6),)),
+            "torch.export refuses the model at width 128",
+            r"test_odd_models.py:\d+",
+            "stand-in",
+        )
+
+    def test_control_flow_that_depends_on_the_width(self) -> None:
+        self.check(lambda n: (Deeper(n), (torch.zeros(3, 6),)), "depth|depending on its width")
+
+    def test_an_op_without_a_rule(self) -> None:
+        self.check(
+            around(lambda m, x: torch.cumsum(m.hidden(x), -1)),
+            r"aten.cumsum.default has no rule",
+            r"test_odd_models.py:\d+",
+            "stand_in",
+        )
+
+    def test_the_module_is_named(self) -> None:
+        class Odd(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.erfinv(x)
+
+        self.check(around(lambda m, x: m.odd(m.hidden(x)), odd=lambda n: Odd()), "aten.erfinv.default in odd")
+
+    def test_aliasing(self) -> None:
+        def done(m, x):
+            y = m.hidden(x)
+            half = y[:, :4]
+            y.mul_(2.0)
+            return m.last(half) + m.hidden(y)[:, :1]
+
+        self.check(around(done, last=lambda n: nn.Linear(4, n)), "writes into memory", r"x \* a rather than")
+
+    def test_a_weight_stored_in_out(self) -> None:
+        class Transposed(nn.Module):
+            def __init__(self, n: int) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.empty(n, n))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x @ self.weight
+
+        self.check(around(lambda m, x: m.odd(x), odd=Transposed), r"\[in, out\]", "nn.Linear")
+
+    def test_a_scale_that_follows_no_power(self) -> None:
+        self.check(around(lambda m, x: m.hidden(x) * (1 + 1 / x.shape[-1])), "follow no power of the width")
+
+    def test_what_is_no_model(self) -> None:
+        self.check(lambda n: None, "return \\(module, example inputs\\)")
+        with pytest.raises(DeriveError, match="tell no exponents"):
+            trace(mlp, (128,))
+
+    def test_parameters_made_outside(self) -> None:
+        """A model that reads values when it is made cannot be made on the meta device."""
+        self.check(lambda n: (Hidden(int(torch.ones(1).sum())), ()), "cannot be made at width 128 on the meta device")
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from widthwise.cli import main; main()"
+        place = str(Path(__file__).parent)
+        return subprocess.run(
+            [sys.executable, "-c", code, place, *words], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+
+    done = run("trace", "traced_models:mlp", "--widths", "128", "160", "-o", "model.toml")
+    assert done.returncode == 0, done.stderr
+    derived = run("derive", "model.toml", "--optimizer", "sgd")
+    assert "hidden" in derived.stdout, derived.stderr
+    assert run("generate", "model.toml", "-o", "my_mup.py").returncode == 0
+    checked = run("check", "my_mup.py")
+    assert "0 out of date" in checked.stdout, checked.stdout + checked.stderr
+    refused = run("trace", "traced_models:nothing")
+    assert refused.returncode == 2
+    assert "cannot be imported" in refused.stderr
