@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "sgd"])
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--name", default="cpu")
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

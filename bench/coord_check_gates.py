@@ -181,19 +181,19 @@ def known_facts(widths: tuple[int, ...], seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     asked = parser.parse_args()
     widths = tuple(asked.widths)
     print("# The gates of Gated DeltaNet, measured\n")
     print(
         f"`python bench/coord_check_gates.py`: one layer, widths {asked.widths}, {asked.seeds} seeds in training and "
-        f"{4 * asked.seeds} else; slopes of log size against log width ± standard error over seeds. torch "
+        f"{5 * asked.seeds} else; slopes of log size against log width ± standard error over seeds. torch "
         f"{torch.__version__}, Python {platform.python_version()}.\n",
         flush=True,
     )
-    known_facts(widths, 4 * asked.seeds)
-    published_init(widths, 4 * asked.seeds)
+    known_facts(widths, 5 * asked.seeds)
+    published_init(widths, 5 * asked.seeds)
     in_training(widths, asked.seeds, tuple(asked.steps))
 
 

@@ -21,9 +21,10 @@ from widthwise.verify.execute import Setting, apply, draw_one, execute
 # Entries of width-free axes, and of growing ones over the base width: small, so that the widest model stays quick.
 FREE = {"vocab": 64, "taps": 4, "G": 2, "H": 4, "rank": 8, "d_state": 16, "d_k": 16, "d_v": 16, "d_head": 16}
 SHARE = {"d_k": 1 / 4, "d_v": 1 / 4, "d_head": 1 / 2, "H": 1 / 16, "ffn": 2}
-# Gates near their bias at the base width, as in practice; logits small enough for their softmax to be linear. A Θ(1)
-# input of an exponential that vanishes with the width is no power law before it is small.
-CALM = {"a_proj": 0.1, "lm_head": 0.25}
+# At the base width gates are near their bias, as in practice, and logits so small that their softmax is linear: a Θ(1)
+# input of an exponential that vanishes with the width is no power law before it is small. A tied readout's logits are
+# 1/n_base of what they are with a fresh one, because each token meets itself in it.
+GATE, READOUT = 0.1, 0.25
 LEARNING_RATE = {"sgd": 0.3, "adamw": 1e-3, "adam": 1e-3, "adafactor": 1e-2}
 TOKENS = 2, 8  # batch and time: few, because a step is coherent with its own tokens alone
 TINY = 1e-12  # eps of norms and of Adam: out of the way, because what they do is a finding and no slope
@@ -40,13 +41,23 @@ class Described:
     lr: float | None = None
     eps: float = TINY
     norm_eps: float = TINY
-    multipliers: Mapping[str, float] = field(default_factory=lambda: CALM)
+    multipliers: Mapping[str, float] = field(default_factory=dict)  # at the base width, over what is usual here
     tokens: tuple[int, int] = TOKENS
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     def setting(self, width: int) -> Setting:
-        return Setting(width, self.base, self._sizes, self.norm_eps, self.multipliers)
+        return Setting(width, self.base, self._sizes, self.norm_eps, self.calm | dict(self.multipliers))
+
+    @cached_property
+    def calm(self) -> dict[str, float]:
+        """Multipliers at the base width that keep exponentials linear."""
+        found = {role: GATE for role in ("a_proj", "dt_proj") if role in self.graph.parameters}
+        for node in self.graph.nodes:
+            if node.op == "linear" and node.attrs.get("carrier"):
+                tied = node.attrs.get("base") == "fan_in"
+                found[str(node.attrs["carrier"])] = 1 / self.base if tied else READOUT
+        return found
 
     @cached_property
     def dims(self) -> dict[str, Dim]:

@@ -60,7 +60,8 @@ class Emitted(Described):
         if "depth" in emitted.AXES:
             taken["depth"] = self.depth
         model = cls(**taken | {"width": width}, norm_eps=self.norm_eps, dtype=self.dtype, device="meta")
-        base = {role: value for role, value in self.multipliers.items() if role in emitted.MULTIPLIERS}
+        wanted = setting.multipliers
+        base = {role: value for role, value in wanted.items() if role in emitted.MULTIPLIERS}
         rules.init_(
             model,
             width=width,
@@ -69,10 +70,12 @@ class Emitted(Described):
             base_multipliers=base,
             device=self.device,
         )
-        for role, value in self.multipliers.items():  # gates near their bias: no rule of theirs has a multiplier
+        for role, value in wanted.items():  # gates near their bias: no rule of theirs has a multiplier
             if role not in base:
                 _scale(model, self.graph.parameters[role].patterns, value)
-        groups = rules.param_groups(model, lr=self.base_lr, eps=self.eps, width=width, base_width=self.base)
+        groups = rules.param_groups(
+            model, lr=self.base_lr, eps=self.eps, width=width, base_width=self.base, base_multipliers=base
+        )
         return _EmittedRun(
             self, setting, self._by_role(model, setting), optimizer_of(self.table.optimizer, groups), model, emitted
         )

@@ -25,9 +25,9 @@ Kind = Literal["forward", "gradient", "weight", "weight gradient", "step", "own 
 
 KINDS: Mapping[Kind, str] = {
     "forward": "rms of the tensor's entries at initialization",
-    "gradient": "typical entry (geometric mean) of the loss gradient at initialization",
+    "gradient": "typical size (geometric mean of rows) of the loss gradient at initialization",
     "weight": "rms of the parameter's entries at initialization",
-    "weight gradient": "typical entry of the parameter's gradient at initialization",
+    "weight gradient": "typical size of the parameter's gradient at initialization",
     "step": "the parameter's own change, over its gradient where the optimizer's step follows that",
     "own step": "rms of ΔW·x: what the steps of the parameter itself change in the tensor it feeds",
     "upstream": "rms of W₀·Δx: what reaches that tensor from upstream",

@@ -13,15 +13,17 @@ from torch import Tensor
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.coord.subject import Batch, Model, Snapshot, Subject
 
+ROUNDING = 1e-3  # of the median
 SHORT = 16  # rows with fewer entries than that are no sample of their own
 
 Key = tuple[str, str, int, str]
 """(kind, name, step, statistic): what was measured, of what, after how many steps, and how.
 
-rms: of all entries. typical: the geometric mean of the rms of rows, along the last axis. Behind a norm gradients are
-heavy-tailed, because it divides by the tiny norms of a few tokens, and the rms of all tells of those alone; the
-geometric mean of single entries would feel how Gaussian they are, which changes with the width. entries: that mean all
-the same, of quantities whose rows are short. Zeros (gradients of tokens that do not occur) are left out.
+rms: of all entries. typical: the geometric mean over rows, along the last axis, of their rms. Behind a norm gradients
+are heavy-tailed, because it divides by the tiny norms of a few tokens, and the rms of all tells of those alone.
+entries: the geometric mean of single entries, of quantities whose rows are short; of others it would feel how Gaussian
+they are, which changes with the width. What is zero but for rounding is left out of both: gradients of tokens that do not occur,
+or of a sequence's first query, whose output is normalized to the value's direction whatever its length.
 """
 
 
@@ -127,9 +129,9 @@ class _Look:
         if not value.dim():
             found.note(kind, name, step, seed, value=float(value))
             return
-        found.note(kind, name, step, seed, rms=sqrt(overall), typical=_geometric(rows))
+        found.note(kind, name, step, seed, rms=sqrt(overall), typical=_typical(rows))
         if found.shortest.setdefault((kind, name), value.shape[-1]) < SHORT:
-            found.note(kind, name, step, seed, entries=_geometric(squares))
+            found.note(kind, name, step, seed, entries=_typical(squares))
 
     def change(self, kind: str, name: str, step: int, value: Tensor) -> None:
         """The same of a change, and of the part of it that all tokens share: its mean over the batch is coherent, the
@@ -179,7 +181,10 @@ def _one(model: Model, batch: Batch, steps: int, look: _Look) -> None:
         model.optimizer.step()
 
 
-def _geometric(squares: Tensor) -> float:
-    """The root of the geometric mean of those that are not zero."""
+def _typical(squares: Tensor) -> float:
+    """The root of the geometric mean of those that are not zero but for rounding."""
     found = squares[squares > 0]
-    return exp(float(found.log().mean()) / 2) if found.numel() else 0.0
+    if not found.numel():
+        return 0.0
+    found = found[found > ROUNDING**2 * found.median()]
+    return exp(float(found.log().mean()) / 2)

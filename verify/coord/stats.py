@@ -122,6 +122,8 @@ def _statistic(found: Measurements, each: Prediction, follows_gradient: bool) ->
     """How a quantity's size is taken. Short rows (one entry a head) are taken entry by entry, because the rms of a few
     entries of a wide distribution is small on average, and less so as they grow in number. Gradients are taken by
     their typical row, and so are changes that inherit their heavy tails."""
+    if each.kind == "step":
+        return "rms"  # over that of the gradient where it follows it: one and the same factor everywhere
     if found.shortest.get((each.kind, each.name), SHORT) < SHORT:
         return "entries"
     heavy = each.kind in ("gradient", "weight gradient") or (each.kind != "forward" and follows_gradient)

@@ -63,15 +63,23 @@ def test_a_bound_is_broken_from_above_alone() -> None:
     assert judge(above, 0.0, bound=True) == "fail"
 
 
-def test_short_rows_are_taken_entry_by_entry_and_sgd_steps_over_their_gradient() -> None:
+def test_sgd_steps_are_taken_over_their_gradient() -> None:
     found = Measurements(WIDTHS)
-    found.shortest["step", "A_log"] = 4
     for width in WIDTHS:
-        found.note("step", "A_log", 1, 0, entries=width**0.25)
-        found.note("weight gradient", "A_log", 0, 0, entries=width**-0.25)
+        found.note("step", "A_log", 1, 0, rms=width**0.25)
+        found.note("weight gradient", "A_log", 0, 0, rms=width**-0.25)
     (result,) = results(found, [Prediction("step", "A_log", 0.5)], 1, follows_gradient=True)
-    assert result.statistic == "entries"
     assert result.slope.value == pytest.approx(0.5)
+
+
+def test_short_rows_are_taken_entry_by_entry() -> None:
+    found = Measurements(WIDTHS)
+    found.shortest["gradient", "z_a"] = 4
+    for width in WIDTHS:
+        found.note("gradient", "z_a", 0, 0, entries=width**-0.5, typical=1.0)
+    (result,) = results(found, [Prediction("gradient", "z_a", -0.5)], 1, follows_gradient=False)
+    assert result.statistic == "entries"
+    assert result.slope.value == pytest.approx(-0.5)
 
 
 def test_incomplete_seeds_do_not_count() -> None:
