@@ -42,6 +42,10 @@ def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
         DeriveError: for a graph that no model of ours computes, naming the node and what can be done.
     """
     title = graph.title or camel(graph.name)
+    for parameter in graph.parameters.values():
+        for part in parameter.patterns[0].split("."):
+            if part != "*":  # a layer that is a number has a name in other people's models, and none in ours
+                _check(part, parameter.where)
     multipliers = _multiplied(graph, table)
     tree = Tree(graph, frozenset(multipliers))
     depths = _depths(tree)
@@ -171,5 +175,5 @@ def _eps(graph: Graph) -> float:
 def _check(name: str, where: str) -> None:
     if not (name.isascii() and name.isidentifier()) or iskeyword(name) or name.startswith("__"):
         raise DeriveError(
-            f"tensor {name!r} cannot be a name in code", where=where, cure="use ASCII letters, digits and _"
+            f"{name!r} cannot be a name in code", where=where, cure="use ASCII letters, digits and _"
         )

@@ -95,8 +95,8 @@ def _multipliers(graph: Graph, table: RuleTable) -> list[Row]:
         role, carrier = _carried(graph, node), node.attrs.get("carrier")
         if role is None or (exponent := rules[role].multiplier) is None:
             continue
-        if exponent == ZERO and (not carrier or table.gauge == "absorbed") and not node.attrs.get("base"):
-            continue  # a factor of one needs no place
+        if exponent == ZERO and not carrier:
+            continue  # a factor of one needs no place, but where another gauge may have left one
         name = role if node.op == "scale" else f"{role}_multiplier"
         path = ".".join(filter(None, (where[node.output], name)))
         arguments = [quoted(role), f"({quoted(path)},)", number(exponent)]

@@ -16,6 +16,7 @@ from widthwise.derive.errors import DeriveError
 VOCABULARY = 256
 HELD_OUT = 10  # one file in so many
 LIMIT = 64 * 2**20  # bytes; more than any run here reads
+LEAST = 2**11  # bytes of either part; a window must fit in
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,19 @@ def corpus(path: Path | None = None) -> Corpus:
     """The text of a file, of all files of a folder, or (None) of the standard library's Python sources.
 
     Folders are split by file, one in ten held out by a hash of its name, so that the split is the same everywhere; a
-    single file gives its last tenth.
+    single file gives its last tenth, and so does a folder of so few files that none or too little was held out.
 
     Raises:
         DeriveError: when there is nothing to read, or not enough of it.
     """
     root = Path(sysconfig.get_path("stdlib")) if path is None else path
     try:
-        if root.is_file():
-            data = root.read_bytes()[:LIMIT]
-            parts = data[: -len(data) // HELD_OUT], data[-len(data) // HELD_OUT :]
-        else:
-            parts = _folder(root, "*.py" if path is None else "*")
+        parts = _file(root) if root.is_file() else _folder(root, "*.py" if path is None else "*")
     except OSError as error:
         raise DeriveError(
             f"cannot read {error.filename}: {error.strerror}", cure="give a file or a folder of text"
         ) from None
-    if min(map(len, parts)) < 2**12:
+    if min(map(len, parts)) < LEAST:
         raise DeriveError(
             f"{root} has {sum(map(len, parts))} bytes of text, too few to train on and validate on",
             cure="give a larger file, or a folder with more files",
@@ -66,16 +63,30 @@ def corpus(path: Path | None = None) -> Corpus:
     return Corpus("the Python standard library" if path is None else root.name, train, valid)
 
 
+def _file(path: Path) -> tuple[bytes, bytes]:
+    with path.open("rb") as stream:
+        return _split(stream.read(LIMIT))
+
+
+def _split(text: bytes) -> tuple[bytes, bytes]:
+    kept = len(text) - len(text) // HELD_OUT
+    return text[:kept], text[kept:]
+
+
 def _folder(root: Path, pattern: str) -> tuple[bytes, bytes]:
     if not root.is_dir():
-        raise DeriveError(f"there is no {root}", cure="give a file or a folder of text")
+        what = "is neither a file nor a folder" if root.exists() else "does not exist"
+        raise DeriveError(f"{root} {what}", cure="give a file or a folder of text")
     train, valid = bytearray(), bytearray()
     for file in sorted(root.rglob(pattern)):
         name = file.relative_to(root).as_posix()
         if "site-packages" in name or not file.is_file() or any(part.startswith(".") for part in name.split("/")):
             continue
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-        (train if digest[0] % HELD_OUT else valid).extend(file.read_bytes())
+        with file.open("rb") as stream:
+            (train if digest[0] % HELD_OUT else valid).extend(stream.read(LIMIT))
         if len(train) + len(valid) > LIMIT:
             break
+    if min(len(train), len(valid)) < LEAST:
+        return _split(bytes(train + valid))
     return bytes(train), bytes(valid)

@@ -18,6 +18,7 @@ from torch import nn
 
 from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
+from widthwise.derive.errors import DeriveError
 from widthwise.verify.data import VOCABULARY, Corpus, corpus
 
 BASE, WIDE = 32, 256
@@ -36,11 +37,14 @@ class Run:
 
 def generate(request: Request, folder: Path) -> tuple[ModuleType, ModuleType]:
     """The parametrization and the model of a request, written to a folder and imported from there."""
-    folder.mkdir(parents=True, exist_ok=True)
     modules = []
     for emit in ("parametrization", "model"):
         file = folder / f"{request.architecture}_{emit}.py"
-        file.write_text(render(request, emit), encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(render(request, emit), encoding="utf-8")
+        except OSError as error:
+            raise DeriveError(f"cannot write {file}: {error.strerror}", cure="give another folder") from None
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
         assert spec.loader is not None
@@ -94,6 +98,8 @@ def demo(data: Path | None, folder: Path, seconds: float = 60.0, console: Consol
         DeriveError: when the data cannot be read, or are too few.
     """
     console = console or Console(highlight=False)
+    if not 0 < seconds < 86_400:
+        raise DeriveError(f"{seconds:g} seconds are no time to train for", cure="give a number of seconds, such as 60")
     text = corpus(data)
     rules, models = generate(Request("gated_deltanet"), folder)
     torch.set_flush_denormal(True)

@@ -66,6 +66,8 @@ def one_process(rank: int, directory: str, how: str) -> None:
     )
     model = MAKERS[how](generated_mlp, torch.float64)
     after = steps(generated_mlp, model, slice(2 * rank, 2 * rank + 2))
+    if how == "FSDP2":
+        after += [parameter.full_tensor() for parameter in sharded(generated_mlp, torch.bfloat16).parameters()]
     if rank == 0:
         torch.save(after, f"{directory}/after.pt")
     dist.barrier()
@@ -86,8 +88,13 @@ def test_several_processes_train_as_one(generated, tmp_path: Path, how: str) -> 
             rank.kill()
     alone = MLP(N).double()
     module.init_(alone, **WIDTHS)
-    for actual, expected in zip(torch.load(tmp_path / "after.pt"), steps(module, alone), strict=True):
-        torch.testing.assert_close(actual, expected)
+    expected = steps(module, alone)
+    if how == "FSDP2":
+        rounded = MLP(N).bfloat16()
+        module.init_(rounded, **WIDTHS)
+        expected += list(rounded.parameters())
+    for actual, value in zip(torch.load(tmp_path / "after.pt"), expected, strict=True):
+        torch.testing.assert_close(actual, value.detach())
 
 
 if __name__ == "__main__":

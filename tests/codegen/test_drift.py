@@ -1,7 +1,10 @@
 """Files that carry their command are made again and compared; nothing that was edited passes."""
 
+import os
 import random
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,30 @@ def test_any_edit_of_one_character_fails(folder: Path, texts: dict[str, str], na
                 assert check_file(file) is not None, edited[:place][-80:]
 
 
+@pytest.mark.parametrize("name", ["module.py", "table.toml", "table.md"])
+@pytest.mark.parametrize("place", [3, 400, -40])
+def test_a_byte_that_is_no_text_fails(folder: Path, name: str, place: int) -> None:
+    file = folder / name
+    content = bytearray(file.read_bytes())
+    content[place] = 0xFF
+    file.write_bytes(bytes(content))
+    result = run(str(folder))
+    assert result.exit_code == 1, result.output
+    assert "3 generated files, 1 out of date" in result.output
+
+
+def test_what_is_no_file_is_passed_over(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.py")
+    (folder / "folder.py").mkdir()
+    assert run(str(folder)).exit_code == 0
+
+
+def test_a_header_with_two_commands_is_drift(folder: Path) -> None:
+    file = folder / "table.toml"
+    file.write_text("# widthwise derive mlp --format toml\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "several commands" in run(str(file)).output
+
+
 def test_drift_is_shown_and_repaired(folder: Path) -> None:
     file = folder / "module.py"
     file.write_text(file.read_text(encoding="utf-8").replace("lr=1,", "lr=2,", 1), encoding="utf-8")
@@ -100,8 +127,13 @@ def test_somebodys_own_architecture_is_imported_only_if_allowed(
     (tmp_path / "own_mup.py").write_text(render(Request("own_variant:graph")), encoding="utf-8")
     assert "pass --imports to let that code run" in run("own_mup.py").output
     assert run("own_mup.py", "--imports").exit_code == 0
-    (tmp_path / "own_variant.py").unlink()
+    changed = (tmp_path / "own_variant.py").read_text().replace("bias=False", "bias=True")
+    (tmp_path / "own_variant.py").write_text(changed)
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    monkeypatch.delitem(sys.modules, "own_variant")
+    result = run("own_mup.py", "--imports")
+    assert result.exit_code == 1
+    assert "input_bias" in result.output
 
 
 @pytest.mark.parametrize("command", ["derive mlp --format toml; rm x", "generate", "generate mlp --emit nothing"])
@@ -123,5 +155,13 @@ def test_a_folder_without_generated_files_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_repositorys_own_files_are_up_to_date() -> None:
-    result = run(*(str(ROOT / folder) for folder in ("tests/golden", "generated", "kernels")))
+    folders = [ROOT / folder for folder in ("tests/golden", "generated", "kernels")]
+    assert {file.name for file in generated_files(folders)} == {
+        *(file.name for file in folders[0].iterdir()),
+        *(file.name for file in folders[1].glob("*_*.py") if file.name != "__init__.py"),
+        "model.py",
+    }
+    start = time.perf_counter()
+    result = run(*map(str, folders))
     assert result.exit_code == 0, result.output
+    assert time.perf_counter() - start < 3

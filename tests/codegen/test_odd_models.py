@@ -216,7 +216,7 @@ def small(**names: str) -> Graph:
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [
-        ({"tensor": "x; import os"}, "tensor 'x; import os' cannot be a name in code"),
+        ({"tensor": "x; import os"}, "'x; import os' cannot be a name in code"),
         ({"tensor": "x\nimport os"}, "cannot be a name in code"),
         ({"tensor": "{{ x }}"}, "cannot be a name in code"),
         ({"tensor": "class"}, "cannot be a name in code"),

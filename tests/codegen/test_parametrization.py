@@ -131,6 +131,21 @@ class TestErrors:
     def test_a_rule_without_a_parameter(self, generated: Generated) -> None:
         self.refused(generated, MLP(64, depth=0), r"rule hidden names no parameter \(layers.\*.hidden.weight\)")
 
+    def test_a_glob_without_a_parameter(self, generated: Generated) -> None:
+        module = generated("mlp")
+        scaling = module.SCALING.rename({"layers.*.hidden.weight": "hidden", "layer.*.hidden.weight": "hidden"})
+        with pytest.raises(ValueError, match=r"rule hidden names no parameter \(layer.\*.hidden.weight\)"):
+            module.init_(MLP(64), scaling=scaling, **WIDE)
+
+    def test_a_rule_beside_rows(self, generated: Generated) -> None:
+        module = generated("mlp")
+        beside = module.replace(module.RULES[2], role="other")
+        scaling = module.replace(module.SCALING, rules=(*module.RULES, beside)).rename(
+            {"layers.*.hidden.weight": {"hidden": 64}}
+        )
+        with pytest.raises(ValueError, match="hidden, other do not make up 64 rows"):
+            module.init_(MLP(64), scaling=scaling, **WIDE)
+
     def test_a_width_that_is_not_the_models(self, generated: Generated) -> None:
         self.refused(generated, MLP(64), r"axis n has 64 entries, and 32 elsewhere", width=32)
 
@@ -154,7 +169,9 @@ class TestErrors:
 
     def test_a_multiplier_that_was_never_set(self, generated: Generated) -> None:
         model = MLP(64)
-        with pytest.raises(ValueError, match="multiplier output_multiplier is 1 still: call init_ or set_multipliers"):
+        with pytest.raises(
+            ValueError, match=r"multiplier output_multiplier is 1, not 0\.25: call init_ or set_multipliers"
+        ):
             generated("mlp").param_groups(model, lr=0.1, **WIDE)
         generated("mlp").param_groups(model, lr=0.1, width=64, base_width=64)
 
@@ -179,6 +196,28 @@ class TestBaseMultipliers:
 
     def test_that_of_a_tied_readout_follows_from_the_width(self, generated: Generated) -> None:
         assert generated("gated_deltanet", tied=True).multipliers(**WIDE)["lm_head"] == 16**-0.5 / 4
+
+    def test_are_what_groups_are_held_against(self, generated: Generated) -> None:
+        module, model = generated("mlp"), MLP(64)
+        given = {"output": 4.0}
+        module.init_(model, base_multipliers=given, **WIDE)
+        assert model.output_multiplier == 1  # as a model that was never touched has
+        module.param_groups(model, lr=0.1, base_multipliers=given, **WIDE)
+        with pytest.raises(ValueError, match=r"output_multiplier is 1, not 0\.25"):
+            module.param_groups(model, lr=0.1, **WIDE)
+        module.init_(model, width=64, base_width=32)
+        with pytest.raises(ValueError, match=r"output_multiplier is 0\.5, not 0\.25"):
+            module.param_groups(model, lr=0.1, **WIDE)
+
+    def test_live_where_the_model_has_them(self, generated: Generated) -> None:
+        module, model = generated("mlp"), MLP(64)
+        del model.output_multiplier
+        model.layers[0].scale = 1  # an int is a number, too
+        scaling = module.SCALING.rename({}, multipliers={"output": "layers.0.scale"})
+        module.init_(model, scaling=scaling, **WIDE)
+        assert model.layers[0].scale == 0.25
+        with pytest.raises(ValueError, match="there are no roles hidden"):
+            module.SCALING.rename({}, multipliers={"hidden": "layers.0.scale"})
 
     def test_others_are_refused(self, generated: Generated) -> None:
         with pytest.raises(ValueError, match="there are no multipliers outputs"):
@@ -258,11 +297,74 @@ class TestInit:
 
     def test_takes_other_standard_deviations(self, generated: Generated) -> None:
         module, model = generated("mlp"), MLP(256)
-        module.init_(model, width=256, base_width=16, scaling=module.SCALING.rename({}, stds={"hidden": 0.02}))
+        scaling = module.SCALING.rename({}, stds={"hidden": 0.02, "output": 0.0})
+        module.init_(model, width=256, base_width=16, scaling=scaling)
         assert model.layers[0].hidden.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+        assert not model.output.weight.any()
+
+    @pytest.mark.parametrize("law", ["normal", "unit_normal", "taps"])
+    def test_every_symmetric_law_takes_one(self, generated: Generated, law: str) -> None:
+        drawn = generated("mlp")._draw("w", law, (300, 300), 0, fan_in=9.0, std=0.3)
+        assert drawn.std().item() == pytest.approx(0.3, rel=0.02)
+        assert drawn.mean().item() == pytest.approx(0, abs=0.01)
+
+    @pytest.mark.parametrize(
+        ("renaming", "says"),
+        [
+            ({"stds": {"hidden": -0.1}}, "rule hidden: a law normal takes no standard deviation -0.1"),
+            ({"stds": {"hidden": float("nan")}}, "takes no standard deviation nan"),
+            ({"stds": {"input_bias": 0.1}}, "rule input_bias: a law zeros takes no standard deviation"),
+            ({"laws": {"output": "zeroes"}}, "rule output has a law 'zeroes'; there are normal"),
+        ],
+    )
+    def test_what_cannot_be_drawn_is_refused_before_anything_is(
+        self, generated: Generated, renaming: dict, says: str
+    ) -> None:
+        module, model = generated("mlp"), MLP(64)
+        before = values(model)
+        with pytest.raises(ValueError, match=says):
+            module.init_(model, scaling=module.SCALING.rename({}, **renaming), **WIDE)
+        assert same(values(model), before)
+        assert model.output_multiplier == 1
+
+    def test_keeps_what_is_frozen_on_the_meta_device(self, generated: Generated) -> None:
+        with torch.device("meta"):
+            model = MLP(64)
+        model.input.weight.requires_grad_(False)
+        generated("mlp").init_(model, **WIDE)
+        assert [name for name, each in model.named_parameters() if not each.requires_grad] == ["input.weight"]
+
+
+class TestMuon:
+    def test_groups_say_whose_they_are(self, generated: Generated) -> None:
+        module = generated("mlp", optimizer="muon")
+        model = ready(module)
+        groups = module.param_groups(model, lr=1e-2, **WIDE)
+        owners = {group["name"]: group.pop("optimizer") for group in groups}
+        assert owners == {
+            "input": "muon",
+            "input_bias": "adamw",
+            "hidden": "muon",
+            "hidden_bias": "adamw",
+            "output": "adamw",
+        }
+        if not hasattr(torch.optim, "Muon"):
+            pytest.skip("this torch has no Muon")
+        for kind, optimizer in (("muon", torch.optim.Muon), ("adamw", torch.optim.AdamW)):
+            trained(model, optimizer([group for group in groups if owners[group["name"]] == kind]), 2)
 
 
 class TestGauges:
+    def test_can_be_changed_on_one_model(self, generated: Generated) -> None:
+        model = MLP(64)
+        generated("mlp").init_(model, **WIDE)
+        assert model.output_multiplier == 0.25
+        absorbed = generated("mlp", gauge="absorbed")
+        with pytest.raises(ValueError, match=r"output_multiplier is 0\.25, not 1: call init_ or set_multipliers"):
+            absorbed.param_groups(model, lr=0.1, **WIDE)
+        absorbed.init_(model, **WIDE)
+        assert model.output_multiplier == 1
+
     @pytest.mark.parametrize(("name", "optimizer"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
     def test_train_alike(self, generated: Generated, name: str, optimizer: type[torch.optim.Optimizer]) -> None:
         runs = []

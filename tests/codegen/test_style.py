@@ -17,6 +17,7 @@ REQUESTS = {
     "ntk": Request("transformer", optimizer="sgd", parametrization="ntk", options=("qk_norm=on",)),
     "mamba": Request("mamba2", optimizer="muon", scaling="heads-fixed"),
     "gla": Request("gated_linear_attention", gauge="absorbed"),
+    "long": Request("mlp", fix=tuple(f"{role}.lr=1/2" for role in ("input", "hidden", "output", "input_bias"))),
     "perceptron": Request("mlp", optimizer="lion", options=("depth=3",)),
 }
 

@@ -84,7 +84,7 @@ def test_a_loaded_model_needs_its_multipliers(generated: Generated) -> None:
     rules.init_(model, **widths)
     loaded = models.GatedDeltaNetLM(**sizes(48, "heads-fixed"))
     loaded.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match="lm_head_multiplier is 1 still: call init_ or set_multipliers first"):
+    with pytest.raises(ValueError, match=r"lm_head_multiplier is 1, not 0\.333333: call init_ or set_multipliers"):
         rules.param_groups(loaded, lr=1.0, **widths)
     made = models.GatedDeltaNetLM(**sizes(48, "heads-fixed"), multipliers=rules.multipliers(**widths))
     made.load_state_dict(model.state_dict())

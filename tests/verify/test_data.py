@@ -27,6 +27,12 @@ def test_a_folder_is_split_by_file(tmp_path: Path) -> None:
     assert torch.equal(corpus(tmp_path).valid, text.valid)
 
 
+def test_a_folder_of_few_files_is_split_within_them(tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_bytes(bytes(range(250)) * 200)
+    text = corpus(tmp_path)
+    assert (len(text.train), len(text.valid)) == (45_000, 5_000)
+
+
 def test_the_default_is_the_standard_library() -> None:
     text = corpus()
     assert len(text.train) > 5e6
@@ -43,7 +49,7 @@ def test_batches_are_shifted_by_one_and_repeatable(tmp_path: Path) -> None:
     assert not torch.equal(next(text.batches(3, 16, seed=1))[0], tokens)
 
 
-@pytest.mark.parametrize(("make", "says"), [(None, "there is no"), (b"short", "5 bytes of text, too few")])
+@pytest.mark.parametrize(("make", "says"), [(None, "does not exist"), (b"short", "5 bytes of text, too few")])
 def test_what_cannot_be_read_is_an_error(tmp_path: Path, make: bytes | None, says: str) -> None:
     path = tmp_path / "text"
     if make is not None:

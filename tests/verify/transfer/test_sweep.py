@@ -136,7 +136,7 @@ def test_results_that_are_none_are_refused(folder: Path) -> None:
 def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path, sweep: Sweep) -> None:
     failures = carry_out(replace(sweep, data=str(folder / "nothing")), folder / "results.jsonl")
     assert len(failures) == 6
-    assert "there is no" in failures[0]
+    assert "does not exist" in failures[0]
     assert not (folder / "results.jsonl").exists()
 
 
