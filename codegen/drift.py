@@ -76,7 +76,7 @@ def _marked(file: Path) -> bool:
 
 
 def _header(file: Path) -> str:
-    """The first lines, and Markdown's first and last one, in which its marks are; whatever is no text is passed over."""
+    """The first lines, or Markdown's first and last one, in which its marks are; what is no text is passed over."""
     try:
         with file.open("rb") as stream:
             start = stream.read(SCANNED)
