@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +51,25 @@ def exported(make: MakeModel, widths: Sequence[int]) -> tuple[list[Site], torch.
     if len(set(widths)) < 2 or min(widths) < 1:
         raise DeriveError(f"widths {list(widths)} tell no exponents", cure="give two or three different widths")
     modules, programs = [], []
-    for width in widths:
-        module, example = _made(make, width)
-        with standing_in():
-            programs.append(_program(module, example, width))
-        modules.append(module)
-    return aligned(programs, modules), modules[0]
+    with _uncollected():
+        for width in widths:
+            module, example = _made(make, width)
+            with standing_in():
+                programs.append(_program(module, example, width))
+            modules.append(module)
+        return aligned(programs, modules), modules[0]
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would go through millions of live objects over and over."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _made(make: MakeModel, width: int) -> tuple[torch.nn.Module, tuple[Any, ...]]:

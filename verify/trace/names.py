@@ -155,4 +155,4 @@ def _spoken(name: str) -> list[str]:
 
 def _identifier(text: str) -> str:
     made = re.sub(r"[^0-9A-Za-z_]+", "_", text).strip("_")
-    return f"_{made}" if made[:1].isdigit() else made
+    return f"layer_{made}" if made[:1].isdigit() else made

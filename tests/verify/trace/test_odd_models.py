@@ -98,9 +98,9 @@ class TestWorks:
             return model, (torch.zeros(128, 128),)
 
         shapes = {rule.role: rule for rule in rules(make).rules}
-        assert shapes["_0"].lr == 0
-        assert shapes["_2"].lr == -1
-        assert shapes["_4"].lr == 0
+        assert shapes["layer_0"].lr == 0
+        assert shapes["layer_2"].lr == -1
+        assert shapes["layer_4"].lr == 0
 
     def test_a_rounded_size_is_said(self) -> None:
         traced = trace(around(lambda m, x: m.back(m.hidden(x)), back=lambda n: nn.Identity()))

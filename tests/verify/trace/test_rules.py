@@ -34,8 +34,8 @@ def test_mlp(traced) -> None:
 
 
 def test_cnn(traced) -> None:
-    roles = {"_0": "first", "_0_bias": "first_bias", "_2": "second", "_2_bias": "second_bias"}
-    roles |= {"_6": "third", "_6_bias": "third_bias", "_8": "readout"}
+    roles = {"layer_0": "first", "layer_0_bias": "first_bias", "layer_2": "second", "layer_2_bias": "second_bias"}
+    roles |= {"layer_6": "third", "layer_6_bias": "third_bias", "layer_8": "readout"}
     same(traced("cnn").graph, traced_descriptions.cnn(), roles)
 
 
@@ -131,7 +131,7 @@ def test_qwen3_next(traced) -> None:
     roles |= {f"conv1d_{at}": f"{name}_conv1d" for at, name in enumerate("qkv")}
     roles |= {"linear_attn_norm": "o_norm", "out_proj": "out_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
     roles |= {"q_proj_0": "attn_q", "q_proj_1": "attn_gate", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_o"}
-    for suffix, kind in (("", "delta"), ("_2", "attn")):
+    for suffix, kind in (("", "delta"), ("layer_2", "attn")):
         roles |= {
             f"input_layernorm{suffix}": f"{kind}_norm",
             f"post_attention_layernorm{suffix}": f"{kind}_mlp_norm",
