@@ -161,7 +161,7 @@ def test_the_repositorys_own_files_are_up_to_date() -> None:
         *(file.name for file in folders[1].glob("*_*.py") if file.name != "__init__.py"),
         "model.py",
     }
-    start = time.perf_counter()
+    start = time.process_time()
     result = run(*map(str, folders))
     assert result.exit_code == 0, result.output
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3  # on any machine that does nothing else
