@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import sys
 import tempfile
@@ -186,6 +187,8 @@ def locals_of(module: ModuleType, into: dict[str, Tensor]) -> Iterator[None]:
 
 
 def _forwards(module: ModuleType) -> Iterator[CodeType]:
+    """Those of the classes that the description is made of, which share a config; helpers have names of their own."""
     for each in vars(module).values():
-        if isinstance(each, type) and issubclass(each, nn.Module) and each.__module__ == module.__name__:
+        own = isinstance(each, type) and issubclass(each, nn.Module) and each.__module__ == module.__name__
+        if own and (hasattr(each, "widened") or "config" in inspect.signature(each.__init__).parameters):
             yield each.forward.__code__

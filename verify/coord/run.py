@@ -22,8 +22,8 @@ Key = tuple[str, str, int, str]
 rms: of all entries. typical: the geometric mean over rows, along the last axis, of their rms. Behind a norm gradients
 are heavy-tailed, because it divides by the tiny norms of a few tokens, and the rms of all tells of those alone.
 entries: the geometric mean of single entries, of quantities whose rows are short; of others it would feel how Gaussian
-they are, which changes with the width. What is zero but for rounding is left out of both: gradients of tokens that do not occur,
-or of a sequence's first query, whose output is normalized to the value's direction whatever its length.
+they are, which changes with the width. What is zero but for rounding is left out of both: gradients of tokens that do
+not occur, or of a sequence's first query, whose output is normalized to the value's direction whatever its length.
 """
 
 
