@@ -1,37 +1,9 @@
 """Modules generated from traced graphs initialize and group the real classes."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
-import traced_models
-
-from widthwise.codegen.render import render
-from widthwise.codegen.request import Request
-from widthwise.derive.graph_toml import write_graph
 
 WIDTH, BASE = 192, 64
-
-
-@pytest.fixture
-def generated(traced, tmp_path: Path):
-    """The imported module of a traced model, and the class at another width than any that was traced."""
-
-    def made(name: str, optimizer: str = "adamw", gauge: str = "absorbed") -> tuple[ModuleType, torch.nn.Module]:
-        file = tmp_path / f"{name}.toml"
-        file.write_text(write_graph(traced(name).graph), encoding="utf-8")
-        source = tmp_path / f"generated_{name}.py"
-        source.write_text(render(Request(str(file), optimizer=optimizer, gauge=gauge)), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(source.stem, source)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[source.stem] = module
-        spec.loader.exec_module(module)
-        return module, getattr(traced_models, name)(WIDTH)[0]
-
-    return made
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "mamba2", "qwen3_next"])

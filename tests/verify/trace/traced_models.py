@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 WIDTHS = (128, 160, 224)
+ELSEWHERE = 192  # a width that is not traced
 Made = tuple[nn.Module, tuple[Any, ...]]
 
 
