@@ -1,7 +1,7 @@
 """Every predicted exponent of Gated DeltaNet against training: both scalings, AdamW and SGD, SiLU on and off, tied and not.
 
 python bench/coord_check.py > docs/results/coord_check.md                 # ten minutes on two idle CPU cores
-python bench/coord_check.py --widths 256 512 1024 2048 4096 --optimizers adamw --seeds 8 --name gpu   # on a GPU
+python bench/coord_check.py --widths 256 512 1024 2048 4096 --optimizers adamw --seeds 3 --plain --name wide
 """  # noqa: E501
 
 import argparse
@@ -66,10 +66,14 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "sgd"])
     parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--name", default="cpu")
+    parser.add_argument("--name", default="cpu", help="of the data file")
+    parser.add_argument("--plain", action="store_true", help="SiLU on and untied alone")
     asked = parser.parse_args()
+    command = " ".join(["python bench/coord_check.py", *sys.argv[1:]])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     choices = itertools.product(asked.optimizers, ("heads-fixed", "head-dim-fixed"), (True, False), (False, True))
+    if asked.plain:
+        choices = itertools.product(asked.optimizers, ("heads-fixed", "head-dim-fixed"), (True,), (False,))
     jobs: list[Job] = [(*choice, tuple(asked.widths), asked.seeds, device) for choice in choices]
     reports = []
     with get_context("spawn").Pool(2 if device == "cpu" else 1) as pool:
@@ -78,7 +82,7 @@ def main() -> None:
             print(f"{len(reports)} of {len(jobs)}: {done[1].title} {done[1].counts}", file=sys.stderr, flush=True)
     print("# Coordinate check: derived and measured\n")
     print(
-        f"`python bench/coord_check.py`: one layer, widths {asked.widths}, {asked.seeds} seeds, 2 steps on one batch "
+        f"`{command}`: one layer, widths {asked.widths}, {asked.seeds} seeds, 2 steps on one batch "
         f"of 2 × 8 random tokens, float32, {device}; slope of log size "
         f"against log width ± standard error over seeds. torch {torch.__version__}, Python "
         f"{platform.python_version()}.\n"

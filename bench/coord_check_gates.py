@@ -24,6 +24,7 @@ from widthwise.verify.coord.stats import Slope, fit
 from widthwise.verify.coord.subject import mixed
 from widthwise.verify.data import VOCABULARY, corpus
 
+PARTS = ("facts", "init", "training")
 STEPS = (0, 1, 20, 200, 1000)
 SIZES = {"vocab": VOCABULARY}
 PUBLISHED = ("a_proj.init_std=-1/2", "b_proj.init_std=-1/2")
@@ -167,13 +168,16 @@ def known_facts(widths: tuple[int, ...], seeds: int) -> None:
         print(f"| scan output, SiLU {silu} | {known} | {local} |")
     for scaling, known in (("heads-fixed", "-1/2"), ("head-dim-fixed", "-1")):
         found = measure(subject("adamw", widths[0], scaling=scaling), widths, range(seeds), steps=1)
-        print(f"| ∂L/∂(W_α h), {scaling} | {known} | {text(fit(widths, found.rows('gradient', 'z_a', 0, 'rms')))} |")
+        print(
+            f"| ∂L/∂(W_α h), {scaling} | {known} | {text(fit(widths, found.rows('gradient', 'z_a', 0, 'entries')))} |"
+        )
     request = Request("gated_deltanet", options=("o_scale=off", "qk_scale=d_k^-1/2"))
     graph = request.graph()
     for eps in (1e-5, 0.0):
         run = Described(graph, request.table(graph), widths[0], norm_eps=eps)
-        sizes = measure(run, widths, range(4), steps=1).average("forward", "o_normed", 0, "rms")
-        told = ", ".join(f"{size:.2f}" for size in sizes)
+        wide = (64, 256, 1024, 2048)
+        sizes = measure(run, wide, range(2), steps=1).average("forward", "o_normed", 0, "rms")
+        told = ", ".join(f"{size:.2f} at {width}" for size, width in zip(sizes, wide, strict=True))
         print(f"| normed output with scale d_k^-1/2, eps {eps:g} | falls: 0.97 at 64, 0.47 at 2048 | {told} |")
     print(flush=True)
 
@@ -183,18 +187,23 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     asked = parser.parse_args()
+    command = " ".join(["python bench/coord_check_gates.py", *sys.argv[1:]])
     widths = tuple(asked.widths)
     print("# The gates of Gated DeltaNet, measured\n")
     print(
-        f"`python bench/coord_check_gates.py`: one layer, widths {asked.widths}, {asked.seeds} seeds in training and "
+        f"`{command}`: one layer, widths {asked.widths}, {asked.seeds} seeds in training and "
         f"{5 * asked.seeds} else; slopes of log size against log width ± standard error over seeds. torch "
         f"{torch.__version__}, Python {platform.python_version()}.\n",
         flush=True,
     )
-    known_facts(widths, 5 * asked.seeds)
-    published_init(widths, 5 * asked.seeds)
-    in_training(widths, asked.seeds, tuple(asked.steps))
+    if "facts" in asked.parts:
+        known_facts(widths, 5 * asked.seeds)
+    if "init" in asked.parts:
+        published_init(widths, 5 * asked.seeds)
+    if "training" in asked.parts:
+        in_training(widths, asked.seeds, tuple(asked.steps))
 
 
 if __name__ == "__main__":
