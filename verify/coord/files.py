@@ -62,14 +62,14 @@ def _panel(panel: Any, widths: Sequence[int], curves: Curves, step: int) -> None
     panel.grid(alpha=0.2)
 
 
-def rounded(value: Any) -> Any:
-    """Plain values for JSON: six digits, and null for what is no number."""
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Plain values for JSON, with so many digits, and null for what is no number."""
     if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
+        return {key: rounded(each, digits) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
+        return [rounded(each, digits) for each in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 
