@@ -131,7 +131,7 @@ def test_qwen3_next(traced) -> None:
     roles |= {f"conv1d_{at}": f"{name}_conv1d" for at, name in enumerate("qkv")}
     roles |= {"linear_attn_norm": "o_norm", "out_proj": "out_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
     roles |= {"q_proj_0": "attn_q", "q_proj_1": "attn_gate", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_o"}
-    for suffix, kind in (("", "delta"), ("layer_2", "attn")):
+    for suffix, kind in (("", "delta"), ("_2", "attn")):
         roles |= {
             f"input_layernorm{suffix}": f"{kind}_norm",
             f"post_attention_layernorm{suffix}": f"{kind}_mlp_norm",
