@@ -119,6 +119,11 @@ OFF = """## What is not ok, and why
   incoherent sum over heads that was derived (n^-1/2, hence a learning rate of n^1/2). By the second step the heads have
   aligned, and its own step is up to n^1/2 too large at the widest models (local slopes of 0.3 to 0.5): the branch that
   the engine lists as the `crossover` finding (learning rate n^0) holds from the second step on.
+* **Tied readouts start hot. Here, too, measurement and rule part.** The figures here are with a base multiplier of
+  1/n_base for a tied readout. With the usual n_base^-1/2, which a generated model has by default, each token's own
+  logit is √n_base; gradients then point along what was read, forward and backward are not independent, and ∂L/∂`o_norm`
+  is coherent over heads from the start (head dims fixed, widths 64 to 512, 5 seeds: slope +0.01 ± 0.02 where -1/2 is
+  derived; -0.46 ± 0.08 with 1/n_base). The derivation assumes a fresh readout, as docs/theory.md says.
 * **Bounds, heads fixed.** The change of `o_normed` and of what follows it was said to stay Θ(1); at the first step it
   grows by n^0.1 to n^0.3, and locally no less. The engine has `o` change relative to itself by up to n^1/2 (Δq·k is
   coherent, q·k is not; the measured change of `o_scaled` keeps within that) and counts on the norm behind it, which
