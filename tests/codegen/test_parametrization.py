@@ -185,6 +185,24 @@ class TestErrors:
         generated("mlp", gauge="absorbed").init_(model, **WIDE)  # which needs none
 
 
+class TestParts:
+    def test_a_star_is_one_part_of_a_name(self, generated: Generated) -> None:
+        matches = generated("mlp")._matches
+        assert matches("layers.*.hidden.weight", "layers.11.hidden.weight")
+        assert not matches("layers.*.hidden.weight", "layers.1.inner.hidden.weight")
+        assert not matches("layers.*.hidden.weight", "layersx1.hidden.weight")
+
+    def test_every_axis_of_the_fan_in_shrinks_to_the_base(
+        self, generated: Generated, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = generated("mlp")
+        monkeypatch.setitem(module.AXES, "H", 0.5)
+        monkeypatch.setitem(module.AXES, "K", 0.5)
+        rule = module.replace(module.RULES[2], shape="n, H*K")
+        assert module._fan_in(rule, (64, 64), 0.25) == 16
+        assert module._fan_in(module.replace(rule, shape="n, H"), (64, 64), 0.25) == 32
+
+
 class TestBaseMultipliers:
     def test_one_that_the_width_does_not_tell_must_be_given(self, generated: Generated) -> None:
         module, model = generated("transformer"), Transformer(64)

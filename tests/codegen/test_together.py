@@ -92,3 +92,12 @@ def test_a_loaded_model_needs_its_multipliers(generated: Generated) -> None:
     tokens = learnable_text(1)[0]
     assert torch.equal(made(tokens), model(tokens))
     assert not torch.equal(loaded(tokens), model(tokens))
+
+
+def test_a_low_temperature_takes_the_likeliest_token(generated: Generated) -> None:
+    model = generated("gated_deltanet", emit="model").GatedDeltaNetLM(**sizes(BASE, "heads-fixed"))
+    prompt = learnable_text(1)[0][:, :5]
+    cold = model.generate(prompt, 12, temperature=1e-4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cold, model.generate(prompt, 12, temperature=0))
+    warm = model.generate(prompt, 12, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(cold, warm)
