@@ -19,6 +19,7 @@ from widthwise.codegen.request import Request
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.architectures import ARCHITECTURES
 from widthwise.derive.errors import DeriveError
+from widthwise.derive.graph import Rows
 from widthwise.derive.toml_io import read_toml
 from widthwise.verify.coord.described import LEARNING_RATE, TOKENS, optimizer_of
 from widthwise.verify.coord.predict import used_in
@@ -114,7 +115,7 @@ class Factory:
         named = self._by_role(model)
         if optimizer is None:
             optimizer = optimizer_of(self.table.optimizer, self._groups(model, width))
-        return _Run(self, model.to(self.device), optimizer, loss, named)
+        return _Run(self, width, model.to(self.device), optimizer, loss, named)
 
     def _check_shapes(self, model: nn.Module, width: int) -> None:
         shapes = {plain(name): tuple(each.shape) for name, each in model.named_parameters()}
@@ -135,21 +136,21 @@ class Factory:
         self._shapes.setdefault(width, shapes)
 
     def _by_role(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-        """The first parameter of each role, with its name.
+        """The first parameter of each role, with its name; several roles may be rows of one.
 
         Raises:
             DeriveError: when parameters and rules do not fit.
         """
         found: dict[str, tuple[str, nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            role = self._role(name)
-            if role is None and parameter.requires_grad:
+            roles = self._roles(name)
+            if not roles and parameter.requires_grad:
                 raise DeriveError(
                     f"no rule names the parameter {plain(name)}",
                     where=self.name,
                     cure="derive rules for this model, or give its parameters the names that the rules have",
                 )
-            if role is not None:
+            for role in roles:
                 found.setdefault(role, (plain(name), parameter))
         missing = [role for role in self.graph.parameters if role not in found]
         if missing:
@@ -159,27 +160,33 @@ class Factory:
             )
         return found
 
-    def _role(self, name: str) -> str | None:
-        for rule in self.table.rules:
-            for glob in rule.parameters:
-                if re.fullmatch(re.escape(glob).replace(r"\*", r"[^.]+"), plain(name)):
-                    return rule.role
-        return None
+    def _roles(self, name: str) -> list[str]:
+        return [
+            rule.role
+            for rule in self.table.rules
+            if any(re.fullmatch(re.escape(glob).replace(r"\*", r"[^.]+"), plain(name)) for glob in rule.parameters)
+        ]
 
     def _groups(self, model: nn.Module, width: int) -> list[dict[str, Any]]:
         base = LEARNING_RATE.get(self.table.optimizer, 1e-3) if self.lr is None else self.lr
         groups = []
         for name, parameter in model.named_parameters():
-            role = self._role(name)
-            if role is not None and parameter.requires_grad:
-                factors = self.table.rule(role).factors(width, self.base)
-                groups.append({"params": [parameter], "lr": base * factors["lr"]})
+            rates = {self.table.rule(role).factors(width, self.base)["lr"] for role in self._roles(name)}
+            if len(rates) > 1 and parameter.requires_grad:
+                raise DeriveError(
+                    f"the rows of {plain(name)} need different learning rates",
+                    where=self.name,
+                    cure="split it, or let the factory return its own optimizer",
+                )
+            if rates and parameter.requires_grad:
+                groups.append({"params": [parameter], "lr": base * rates.pop()})
         return groups
 
 
 @dataclass
 class _Run:
     subject: Factory
+    width: int
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Loss | None
@@ -188,7 +195,28 @@ class _Run:
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        return {role: parameter for role, (_, parameter) in self.named.items() if parameter.requires_grad}
+        found: dict[str, Tensor] = {}
+        for role, (_, parameter) in self.named.items():
+            if parameter.requires_grad and self._rows(role) is None:
+                found[role] = parameter
+            elif parameter.requires_grad:
+                found[role] = self._part(role, parameter.detach())
+                found[role].grad = None if parameter.grad is None else self._part(role, parameter.grad)
+        return found
+
+    def _rows(self, role: str) -> Rows | None:
+        return self.subject.graph.parameters[role].rows
+
+    def _part(self, role: str, whole: Tensor, axis: int | None = None) -> Tensor:
+        """A role's rows of a packed tensor, along an axis; all of one that is not packed."""
+        rows = self._rows(role)
+        if rows is None:
+            return whole
+        axis = rows.axis if axis is None else axis % whole.dim()
+        ratio = self.width / rows.width
+        sizes = [round(size * ratio ** float(power)) for size, power in zip(rows.sizes, rows.exponents, strict=True)]
+        split = whole.reshape(*whole.shape[:axis], -1, sum(sizes), *whole.shape[axis + 1 :])
+        return split.narrow(axis + 1, sum(sizes[: rows.index]), sizes[rows.index]).flatten(axis, axis + 1)
 
     @property
     def owners(self) -> dict[str, tuple[nn.Module, str, str]]:
@@ -202,7 +230,8 @@ class _Run:
             plainly = (
                 len(makers) == 1 and not self.subject.table.rule(role).multiplier and not makers[0].attrs.get("carrier")
             )
-            if plainly and attribute == "weight" and not list(modules[path].children()):
+            alone = self._rows(role) is None or _splits(modules[path])
+            if plainly and alone and attribute == "weight" and not list(modules[path].children()):
                 found[role] = (modules[path], attribute, makers[0].output)
         return found
 
@@ -249,7 +278,7 @@ class _Run:
             def note(_: nn.Module, given: tuple[Any, ...], out: Any, role: str = role, tensor: str = tensor) -> None:
                 value = out[0] if isinstance(out, tuple) else out
                 if isinstance(value, Tensor) and role not in inputs:
-                    seen[tensor] = value
+                    seen[tensor] = self._part(role, value, -1)
                     inputs[role] = tuple(each.detach() if isinstance(each, Tensor) else each for each in given)
 
             handles.append(module.register_forward_hook(note))
@@ -276,6 +305,11 @@ class _Run:
 
     def _readers(self, role: str) -> list[Any]:
         return [node for node, _ in self.subject.graph.consumers(role)]
+
+
+def _splits(module: nn.Module) -> bool:
+    """Whether rows of a layer's weight make parts of its output by themselves."""
+    return isinstance(module, nn.Linear) and module.bias is None
 
 
 def _called(module: nn.Module, attribute: str, weight: Tensor, inputs: tuple[Any, ...]) -> Tensor:

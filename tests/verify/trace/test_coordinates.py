@@ -83,3 +83,37 @@ def test_rows_follow_their_rules(generated, traced, name: str, gradients: bool) 
         if abs(slope(sizes) - float(expected)) > (0.4 if key == "model_norm" else 0.25):
             off[what, key] = (slope(sizes), float(expected))
     assert not off
+
+
+def test_the_coordinate_check_sees_rows(generated, traced) -> None:
+    """Rows of packed weights, and their parts of outputs, are checked one by one."""
+    from widthwise.verify.coord.check import coordinate_check
+    from widthwise.verify.coord.factory import Factory
+    from widthwise.verify.coord.predict import predictions
+
+    module, _ = generated("qwen3_next", gauge="multiplier")
+    graph = traced("qwen3_next").graph
+    table = derive(graph)
+
+    def make(width: int) -> torch.nn.Module:
+        model = traced_models.qwen3_next(width)[0]
+        model.lm_head_multiplier = 1.0
+        model.lm_head.register_forward_hook(lambda _, __, out: out * model.lm_head_multiplier)
+        module.init_(model, width=width, base_width=BASE, seed=torch.initial_seed() % 2**31)
+        return model
+
+    factory = Factory("own:make", make, graph, table, BASE)
+    run = factory.make(BASE, 0)
+    parts = [run.parameters[f"in_proj_qkvz_{part}"] for part in range(4)]
+    packed_weight = run.model.model.layers[0].linear_attn.in_proj_qkvz.weight
+    group = packed_weight.unflatten(0, (BASE // 32, -1))[0]  # one key head: q, k, and v, z of two value heads
+    assert [part.shape[0] for part in parts] == [32, 32, 96, 96]
+    assert torch.equal(torch.cat([part[: part.shape[0] // 2] for part in parts]), group)
+    report = coordinate_check(factory, predictions(graph, table), WIDTHS, seeds=range(3), steps=1)
+    packed = {role for role, parameter in graph.parameters.items() if parameter.rows is not None}
+    seen = [each for each in report.results if each.name.split(" in ")[0] in packed]
+    assert {each.name for each in seen if each.kind == "weight"} == packed
+    assert {"weight", "step", "weight gradient", "own step"} <= {each.kind for each in seen}
+    assert [each for each in seen if each.verdict == "fail" and each.kind != "weight gradient"] == []
+    weights = {each.name: each.slope.value for each in seen if each.kind == "weight"}
+    assert weights["in_proj_qkvz_0"] == pytest.approx(-0.5, abs=0.05)
