@@ -174,6 +174,4 @@ def _eps(graph: Graph) -> float:
 
 def _check(name: str, where: str) -> None:
     if not (name.isascii() and name.isidentifier()) or iskeyword(name) or name.startswith("__"):
-        raise DeriveError(
-            f"{name!r} cannot be a name in code", where=where, cure="use ASCII letters, digits and _"
-        )
+        raise DeriveError(f"{name!r} cannot be a name in code", where=where, cure="use ASCII letters, digits and _")

@@ -12,6 +12,7 @@ from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO
 from widthwise.derive.graph import Dim, Node, Parameter, Rows, atoms, base_axis
+from widthwise.derive.laws import SYMMETRIC
 from widthwise.derive.table import Rule
 
 NORMS = ("rms_norm", "layer_norm", "l2_norm")
@@ -39,6 +40,7 @@ def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
         "width_axis": width_axis(axes),
         "multipliers": _multipliers(graph, table),
         "norms": _norms(graph, table),
+        "laws": SYMMETRIC,
         "has_eps": any(rule.eps is not None for rule, _ in rules),
         "packed": any(parameter.rows is not None for _, parameter in rules),
         "taps": any(_taps(graph, parameter) for _, parameter in rules),

@@ -17,13 +17,11 @@ from sympy import Expr
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import parse, show
 from widthwise.derive.graph import Dim, Graph, Group, Node, Parameter, Rows, Shape, atoms, shape_text
-from widthwise.derive.laws import Law
+from widthwise.derive.laws import SYMMETRIC, Law
 from widthwise.derive.ops import OPS
 from widthwise.derive.toml_io import Reader
 
 LIMIT = 4_000_000  # characters; a model of a few hundred nodes that do not repeat is a tenth of that
-LAWS = ("normal", "unit_normal", "taps", "ones", "zeros", "log_uniform", "inverse_softplus")
-SYMMETRIC = ("normal", "unit_normal", "taps")
 # What nodes may be given, and what some ops cannot do without. A user's own op may have others, of plain values.
 ATTRIBUTES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("power",), Expr),
@@ -194,7 +192,7 @@ class _GraphReader(Reader):
     def parameter(self, entry: dict[str, Any]) -> Parameter:
         self.only(entry, {"role", "shape", "patterns", "law", "low", "high", "trainable", "where", "rows"})
         law = self.text(entry, "law")
-        if law not in LAWS:
+        if law not in SYMMETRIC:
             raise self.refuse(f"there is no law {law!r}")
         low, high = (self.number(entry, key) if key in entry else 0.0 for key in ("low", "high"))
         rows = None
@@ -204,7 +202,7 @@ class _GraphReader(Reader):
             self.text(entry, "role"),
             self.shape(entry, "shape"),
             self.texts(entry, "patterns"),
-            Law(law, law in SYMMETRIC, low, high),
+            Law(law, SYMMETRIC[law], low, high),
             self.switch(entry, "trainable", True),
             self.text(entry, "where") if "where" in entry else "",
             rows,

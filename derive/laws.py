@@ -43,3 +43,6 @@ def inverse_softplus(low: float, high: float) -> Law:
 
 DECAY_RATE = log_uniform(1.0, 16.0)
 TIME_STEP = inverse_softplus(1e-3, 1e-1)
+
+SYMMETRIC = {law.name: law.symmetric for law in (NORMAL, UNIT_NORMAL, TAPS, ONES, ZEROS, DECAY_RATE, TIME_STEP)}
+"""Every law by name: whether it is symmetric, and so has a standard deviation."""

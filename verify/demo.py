@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.data import VOCABULARY, Corpus, corpus
+from widthwise.verify.loading import imported
 
 BASE, WIDE = 32, 256
 LEARNING_RATE = 1e-2  # near the best one at the base width
@@ -39,19 +38,13 @@ def generate(request: Request, folder: Path) -> tuple[ModuleType, ModuleType]:
     """The parametrization and the model of a request, written to a folder and imported from there."""
     modules = []
     for emit in ("parametrization", "model"):
-        file = folder / f"{request.architecture}_{emit}.py"
+        file, text = folder / f"{request.architecture}_{emit}.py", render(request, emit)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(render(request, emit), encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
         except OSError as error:
             raise DeriveError(f"cannot write {file}: {error.strerror}", cure="give another folder") from None
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module  # where dataclasses look for it
-        spec.loader.exec_module(module)
-        modules.append(module)
+        modules.append(imported(text, file.stem))
     return modules[0], modules[1]
 
 

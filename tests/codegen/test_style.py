@@ -1,5 +1,6 @@
 """Emitted files read as if a person had written them: ruff (rules and format) and mypy --strict have nothing to say."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -54,3 +55,11 @@ def test_rendering_is_deterministic() -> None:
         for seed in (1, 2, 3)
     }
     assert len(texts) == 1
+
+
+def test_a_parametrization_imports_torch_alone() -> None:
+    for request in REQUESTS.values():
+        nodes = list(ast.walk(ast.parse(render(request))))
+        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {name.partition(".")[0] for name in named} - sys.stdlib_module_names == {"torch"}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -24,6 +21,7 @@ from widthwise.codegen.request import Request
 from widthwise.verify.coord.described import Described, Run, optimizer_of
 from widthwise.verify.coord.subject import Batch, Effect, Model, Snapshot, mixed
 from widthwise.verify.execute import Setting, apply
+from widthwise.verify.loading import imported
 
 
 @dataclass(frozen=True)
@@ -143,26 +141,6 @@ def _scale(model: nn.Module, patterns: tuple[str, ...], by: float) -> None:
     for name, module in model.named_modules():
         if f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)}.weight" in patterns:
             module.register_forward_hook(lambda module, inputs, output: output * by)
-
-
-def imported(text: str, name: str) -> ModuleType:
-    """Source text as a module, from a file that tracebacks and pickles can find while it is being imported."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.py"
-        path.write_text(text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        shadowed = sys.modules.get(name)
-        sys.modules[name] = module  # dataclasses look their module up
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.modules.pop(name)
-            if shadowed is not None:
-                sys.modules[name] = shadowed
-    return module
 
 
 @contextmanager

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import platform
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
 from widthwise.verify.data import VOCABULARY, Corpus, corpus
+from widthwise.verify.loading import imported
 from widthwise.verify.transfer import mqar
 from widthwise.verify.transfer.config import Run, Training
 
@@ -31,17 +29,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 @cache
 def generated(request: Request, emit: str) -> ModuleType:
     """The imported module of a request."""
-    with tempfile.TemporaryDirectory() as folder:
-        name = f"generated_{emit}_{abs(hash(request))}"
-        file = Path(folder) / f"{name}.py"
-        file.write_text(render(request, emit), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return module
+    return imported(render(request, emit), f"generated_{emit}")
 
 
 @cache

@@ -13,9 +13,9 @@ from widthwise.codegen.request import Request
 from widthwise.derive import DeriveError, Graph, RuleTable
 from widthwise.derive.toml_io import write_toml
 from widthwise.verify.coord.check import Report, coordinate_check
-from widthwise.verify.coord.emitted import imported
 from widthwise.verify.coord.factory import Factory, described_by
 from widthwise.verify.coord.predict import predictions
+from widthwise.verify.loading import imported
 
 WIDTHS, BASE = (64, 128, 256), 64
 
