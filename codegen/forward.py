@@ -114,7 +114,7 @@ class Forward(Values):
         state = ["cache"] * self.tree.stateful(unit)
         lead = " " * 12
         self.lines.append(f"        for {one} in {self.module(unit[:-1])}:")
-        again = called("checkpointing.checkpoint", one, x, *rest, "use_reentrant=False")
+        again = called("checkpointing.checkpoint", one, x, *rest, "use_reentrant=False", "preserve_rng_state=False")
         plain = called(one, x, *rest, *state)
         chosen = f"self.checkpoint{' and cache is None' if state else ''}"
         either = f"{lead}{x} = {again.text} if {chosen} else {plain.text}"

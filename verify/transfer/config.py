@@ -39,6 +39,7 @@ class Training:
     compile: bool = False
     accumulate: int = 1
     validation: int = 16  # batches
+    graph: bool = field(default=True, compare=False)  # on a GPU, replay steps as a CUDA graph, unless compiled
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,18 @@ class Run:
 
     @property
     def key(self) -> str:
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        content = asdict(self)
+        for each in fields(Training):
+            if not each.compare:  # how a run is carried out, which changes no number of it
+                del content["training"][each.name]
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
     def order(self) -> tuple[int, int, float, str]:
-        """Small models first, and parametrizations side by side, so that a sweep shows something early."""
-        return self.width, self.seed, self.lr, self.parametrization
+        """Small models first and parametrizations side by side, so that a sweep shows something early; then again
+        with the next seed."""
+        return self.seed, self.width, self.lr, self.parametrization
 
 
 @dataclass(frozen=True)

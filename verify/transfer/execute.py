@@ -3,19 +3,25 @@ outcomes as they finish."""
 
 from __future__ import annotations
 
-import multiprocessing
+import gc
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
 
 from widthwise.derive.errors import DeriveError, unknown_name
 from widthwise.verify.transfer.config import Run
+from widthwise.verify.transfer.pool import Pool
 
 Outcome = Mapping[str, Any]
 Executor = Callable[[Sequence[Run], int], Iterator[tuple[Run, Outcome]]]
 
 FAILED = "error"
 """The key of an outcome that is none: what went wrong. Such a run is not recorded, and is tried again next time."""
+
+
+BROKEN = "broken"
+"""The key of an outcome after which its process can do no more: a fault on a GPU stays until the process ends."""
 
 
 def attempt(run: Run) -> Outcome:
@@ -29,48 +35,45 @@ def attempt(run: Run) -> Outcome:
     except Exception as error:  # whatever it is, the runs after it must go on
         if "out of memory" in str(error).lower():
             return {FAILED: "out of memory: run fewer at a time (--jobs), or use checkpoint or accumulate"}
-        return {FAILED: f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+        broken = {BROKEN: True} if "CUDA error" in str(error) else {}
+        return {FAILED: f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", **broken}
+    finally:
+        _release()
+
+
+def _release() -> None:
+    """Give back what the run held on its GPU, for the other processes there."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def local(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, Outcome]]:
-    """On this machine, ``jobs`` at a time, each process with its share of the cores."""
-    if jobs == 1:
+    """On this machine, ``jobs`` at a time on each of its GPUs (or on its cores), which the processes take in turn."""
+    places = _places() * jobs
+    if len(places) == 1:
         yield from ((run, attempt(run)) for run in runs)
         return
-    context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(jobs,)) as pool:
-        waiting = iter(runs)
-        running: dict[Future[Outcome], Run] = {}
-        try:
-            while True:
-                while len(running) < jobs and (run := next(waiting, None)) is not None:
-                    running[pool.submit(attempt, run)] = run
-                if not running:
-                    return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(done), done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool: Pool[Run, Outcome] = Pool(attempt, places, _lost, lambda outcome: BROKEN in outcome)
+    yield from pool.map(runs)
 
 
-def _begin(jobs: int) -> None:
-    import os
-    import signal
-    import threading
-    import time
-
+def _places() -> list[str | None]:
+    """One for each GPU that may be used, as CUDA_VISIBLE_DEVICES names it; or one for the cores."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and ends its workers
-    parent = os.getppid()
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",")] if visible else [str(index) for index in range(count)]
+    return [*names[:count]] or [None]
 
-    def watch() -> None:  # a parent that was killed leaves no orphans behind
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _lost(code: int | None) -> Outcome:
+    if code == -signal.SIGKILL:
+        return {FAILED: "its process was killed, as happens where memory is short: run fewer at a time (--jobs)"}
+    return {FAILED: f"its process ended with exit code {code}"}
 
 
 def ray(runs: Sequence[Run], jobs: int) -> Iterator[tuple[Run, Outcome]]:

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widthwise.codegen.render import render
@@ -22,8 +21,11 @@ from widthwise.verify.data import VOCABULARY, Corpus, corpus
 from widthwise.verify.loading import imported
 from widthwise.verify.transfer import mqar
 from widthwise.verify.transfer.config import Run, Training
+from widthwise.verify.transfer.step import Step, captured, eager, loss_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+
+CHECK = 50  # steps between looks at the losses, the only times that the loop waits for the device
 
 
 @cache
@@ -49,7 +51,8 @@ def build(run: Run, device: torch.device) -> tuple[nn.Module, list[dict[str, Any
     rules, models = generated(run.request, "parametrization"), generated(run.request, "model")
     (cls,) = (value for name, value in vars(models).items() if name.endswith("LM"))  # the one class of the whole model
     sizes = cls.widened(run.width, **run.sizes)
-    model: nn.Module = cls(**sizes, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device=device)
+    model: nn.Module = cls(**sizes, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device="meta")
+    model.to_empty(device=device)  # init_ draws all of it
     widths = {"width": run.width, "base_width": run.base_width}
     rules.init_(model, seed=run.seed, **widths)
     training = run.training
@@ -80,7 +83,8 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         ``loss`` on what was not trained on, ``train_loss`` over the last tenth, both in nats per counted token (None
         after divergence); ``diverged``, the step where the loss stopped being a number, or None; ``losses``, fifty
-        means along the way; ``tokens``, ``parameters``, ``seconds``.
+        means along the way; ``tokens``, ``parameters``, ``seconds``; ``graph``, whether steps were replayed as a CUDA
+        graph, and ``note``, why not where they should have been.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_flush_denormal(True)
@@ -92,53 +96,62 @@ def train(run: Run) -> dict[str, Any]:
     optimizer = optimizer_of(run.request.optimizer, groups, training, device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(training, step))
     forward = torch.compile(model) if training.compile else model
+    step, how = _step_of(model, forward, run, device)
     losses = torch.zeros(training.steps, device=device)
     diverged = None
-    data = batches(run.data, training, run.seed)
-    for step in range(training.steps):
-        optimizer.zero_grad(set_to_none=True)
-        tokens, targets = next(data)
-        for part, answer in zip(tokens.chunk(training.accumulate), targets.chunk(training.accumulate), strict=True):
-            loss = _loss(forward, part.to(device), answer.to(device), training)
-            (loss / training.accumulate).backward()  # type: ignore[no-untyped-call]
-            losses[step] += loss.detach() / training.accumulate
+    for at, (tokens, targets) in enumerate(_ahead(batches(run.data, training, run.seed), training.steps, device)):
+        losses[at].copy_(step(tokens, targets))
         if training.clip:
             nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         scheduler.step()
-        if (step % 50 == 49 or step + 1 == training.steps) and not bool(losses[: step + 1].isfinite().all()):
-            diverged = int((~losses[: step + 1].isfinite()).nonzero()[0])
+        if (at % CHECK == CHECK - 1 or at + 1 == training.steps) and not bool(losses[: at + 1].isfinite().all()):
+            diverged = int((~losses[: at + 1].isfinite()).nonzero()[0])
             break
     held_out = None if diverged is not None else _held_out(forward, run, device)
     if held_out is not None and not math.isfinite(held_out):
         diverged, held_out = training.steps, None
-    tail = losses[-max(1, training.steps // 10) :]
+    curve = losses.cpu()
     return {
         "loss": held_out,
-        "train_loss": None if diverged is not None else float(tail.mean()),
+        "train_loss": None if diverged is not None else float(curve[-max(1, training.steps // 10) :].mean()),
         "diverged": diverged,
-        "losses": [round(float(each.mean()), 4) for each in losses.chunk(50)] if diverged is None else [],
+        "losses": [round(float(each.mean()), 4) for each in curve.chunk(50)] if diverged is None else [],
         "tokens": training.steps * training.batch * training.length,
         "parameters": parameters,
         "seconds": round(time.perf_counter() - start, 2),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),  # whose library is the default text
+        **how,
     }
 
 
-def _loss(model: Any, tokens: Tensor, targets: Tensor, training: Training) -> Tensor:
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=training.bf16):
-        logits = model(tokens)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def _step_of(model: nn.Module, forward: Any, run: Run, device: torch.device) -> tuple[Step, dict[str, Any]]:
+    """The step, and how it is done. What cannot be captured is done as it comes, and the outcome says so."""
+    step = eager(model, forward, run.training)
+    if device.type != "cuda" or not run.training.graph or run.training.compile:
+        return step, {"graph": False}
+    tokens, targets = next(batches(run.data, run.training, run.seed))
+    try:
+        return captured(model, step, tokens.to(device), targets.to(device)), {"graph": True}
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        reason = (str(error).splitlines() or [""])[0]
+        return step, {"graph": False, "note": f"no CUDA graph, which is slower: {reason}"}
+
+
+def _ahead(data: Batches, steps: int, device: torch.device) -> Batches:
+    """So many batches, brought to the device in blocks: a step waits for no copy."""
+    for start in range(0, steps, CHECK):
+        tokens, targets = zip(*itertools.islice(data, min(CHECK, steps - start)), strict=True)
+        yield from zip(torch.stack(tokens).to(device), torch.stack(targets).to(device), strict=True)
 
 
 @torch.no_grad()
 def _held_out(model: Any, run: Run, device: torch.device) -> float:
     """The loss on the same held-out batches for every run."""
-    data = batches(run.data, run.training, 0, split="valid")
-    losses = [
-        _loss(model, tokens.to(device), targets.to(device), run.training)
-        for tokens, targets in itertools.islice(data, run.training.validation)
-    ]
-    return float(torch.stack(losses).mean())
+    data = _ahead(batches(run.data, run.training, 0, split="valid"), run.training.validation, device)
+    return float(torch.stack([loss_of(model, tokens, targets, run.training) for tokens, targets in data]).mean())
