@@ -78,9 +78,14 @@ class Backend(Protocol):
         ...
 
 
+def uses_triton(q: Tensor) -> bool:
+    """Whether tensors like ``q`` go to Triton kernels: those on the GPU, and all in Triton's interpreter."""
+    return q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def backend_for(q: Tensor) -> Backend:
     """The backend that computes for tensors like ``q``. Triton is imported here, at its first use, or never."""
-    if q.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if uses_triton(q):
         from widthwise.kernels import triton_scan
 
         return cast(Backend, triton_scan)
