@@ -209,7 +209,7 @@ class Backbone(nn.Module):
         x = self.embeddings(tokens)
         for layer in self.layers:
             if self.checkpoint and cache is None:
-                x = checkpointing.checkpoint(layer, x, use_reentrant=False)
+                x = checkpointing.checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cache)
         x_final: Tensor = self.norm(x)
