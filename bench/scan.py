@@ -2,7 +2,8 @@
 
     python bench/scan.py                     ours alone
     python bench/scan.py --peers             with flash-linear-attention and FlashQLA, where they are installed
-    python bench/scan.py --only 1 --peers    one row (to fill the peers' compile caches in parallel beforehand)
+    python bench/scan.py --only 1 --names flashqla   one row, one implementation, in a process of its own
+    python bench/scan.py --compile 0/4       fill the peers' compile caches, a quarter of what FLA may choose from
     python bench/scan.py --first             seconds to the first forward+backward, compile cache empty
     python bench/scan.py --launches          the medians of our own launches, in µs, by the profiler
 
@@ -39,7 +40,8 @@ ROWS = [  # B, T, H, K, V, dtype
     (32, 1024, 6, 32, 64, BF16),
     (1, 8192, 16, 128, 128, FP32),
 ]
-BYTES_PER_SECOND, FLOPS = 4.3e12, 790e12  # measured ceilings of the H200 this was run on; an H100 has 3.0e12, 700e12
+PEERS = ("fla", "flashqla")
+LAST = 8  # FLA's backward has met an illegal memory access here, which ends the process
 Implementation = Callable[..., Tensor]
 
 
@@ -47,14 +49,24 @@ def widthwise(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tenso
     return gated_delta_rule(q, k, v, g, beta, normalize_qk=True)[0]
 
 
-def peers() -> dict[str, Implementation]:
-    """Those installed. FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported.
+def ceilings() -> tuple[float, float]:
+    """(bytes/s of a large copy, FLOP/s of a large bf16 product) as measured on the chips this has run on."""
+    return (4.3e12, 790e12) if "H200" in torch.cuda.get_device_name() else (3.0e12, 700e12)
+
+
+def peers(names: list[str]) -> dict[str, Implementation]:
+    """Those asked for and installed. FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported.
 
     FLA hands calls to FlashQLA and TileLang where those are installed, which must be off to see FLA's own kernels.
+    FlashQLA's L2 norms are ``torch.compile``d, a variant a shape; past Dynamo's usual limit of eight they would run
+    uncompiled, at twice the cost of its forward.
     """
-    os.environ.update(FLA_FLASH_QLA="0", FLA_TILELANG="0")
+    os.environ.update(FLA_FLASH_QLA="0", FLA_TILELANG="0", FLA_CACHE_RESULTS="0")
+    torch._dynamo.config.recompile_limit = 64
     found: dict[str, Implementation] = {}
     try:
+        if "fla" not in names:
+            raise ImportError("not asked for")
         import fla.ops.common.chunk_o as guarded
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_rule
 
@@ -63,6 +75,8 @@ def peers() -> dict[str, Implementation]:
     except ImportError as error:
         print("no fla:", error, flush=True)
     try:
+        if "flashqla" not in names:
+            raise ImportError("not asked for")
         from flash_qla import chunk_gated_delta_rule as qla_rule
 
         found["flashqla"] = lambda *x: qla_rule(*x, use_qk_l2norm_in_kernel=True)[0]
@@ -86,9 +100,10 @@ def floor(batch: int, length: int, heads: int, key_dim: int, value_dim: int, dty
     forward = size * (2 * key_dim + 2 * value_dim) + 8
     backward = size * (4 * key_dim + 3 * value_dim) + 16
     flops = 2 * (3 * key_dim * value_dim + 64 * (2 * key_dim + 2 * value_dim) / 2)
-    rate = FLOPS / (2 if dtype == FP32 else 1)
-    ahead = max(forward * tokens / BYTES_PER_SECOND, flops * tokens / rate)
-    back = max(backward * tokens / BYTES_PER_SECOND, 2.5 * flops * tokens / rate)
+    bandwidth, rate = ceilings()
+    rate /= 2 if dtype == FP32 else 1
+    ahead = max(forward * tokens / bandwidth, flops * tokens / rate)
+    back = max(backward * tokens / bandwidth, 2.5 * flops * tokens / rate)
     return ahead * 1e3, (ahead + back) * 1e3
 
 
@@ -202,10 +217,49 @@ def first_result(row: tuple) -> float:
     return float(run.stdout.split()[-1])
 
 
+def fill_caches(part: str) -> None:
+    """Compile, in a process of ``part`` = "index/parts", what the peers would compile, without timing anything.
+
+    FlashQLA compiles for a shape: its rows are shared out. FLA tries configurations: each process compiles its share
+    of them. Autotuning itself is left to the process that measures.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    index, parts = map(int, part.split("/"))
+
+    def compile_only(self: Autotuner, *args: object, config: object, **meta: object) -> list[float]:
+        place = self.configs.index(config) if config in self.configs else 0
+        if place % parts == index:
+            try:
+                self.fn.run(*args, **{**meta, **config.all_kwargs(), "warmup": True, "grid": meta["grid"]})  # type: ignore[attr-defined]
+            except Exception as failure:
+                print("   ", type(failure).__name__, str(failure)[:100], flush=True)
+        return [float(place)] * 3
+
+    Autotuner._bench = compile_only
+    rules = peers(list(PEERS))
+    for number, row in enumerate(ROWS, 1):
+        shortened = (min(row[0], 2), 256, *row[2:])
+        for name, rule in rules.items():
+            if name == "flashqla" and (number % parts != index or row[3:5] != (128, 128) or row[5] == FP32):
+                continue
+            if name == "fla" and number in (3, 4, 5):  # compiled for the first row
+                continue
+            start = time.perf_counter()
+            try:
+                gradients(rule, draw(*(row if name == "flashqla" else shortened)))
+                torch.cuda.synchronize()
+            except Exception as failure:
+                print("   ", name, type(failure).__name__, str(failure)[:100], flush=True)
+            print(f"{number} {name} compiled in {time.perf_counter() - start:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--names", help="which implementations, with commas: widthwise, fla, flashqla")
     parser.add_argument("--only", type=int, help="number of one row, from 1")
+    parser.add_argument("--compile", metavar="INDEX/PARTS")
     parser.add_argument("--first", action="store_true")
     parser.add_argument("--launches", action="store_true")
     parser.add_argument("--out", help="a JSON file for all figures")
@@ -216,9 +270,14 @@ def main() -> None:
     if arguments.first:
         print(f"first forward+backward: {first_result(ROWS[0]):.1f} s", flush=True)
         return
-    rules = {"widthwise": widthwise, **(peers() if arguments.peers else {})}
+    if arguments.compile:
+        fill_caches(arguments.compile)
+        return
+    names = arguments.names.split(",") if arguments.names else ["widthwise", *(PEERS if arguments.peers else ())]
+    rules = {"widthwise": widthwise} if "widthwise" in names else {}
+    rules |= peers(names) if set(names) & set(PEERS) else {}
     results = []
-    for number, row in enumerate(ROWS, 1):
+    for number, row in sorted(enumerate(ROWS, 1), key=lambda numbered: numbered[0] == LAST):
         if arguments.only not in (None, number):
             continue
         shape = (*row[:5], str(row[5]).removeprefix("torch."))
