@@ -55,9 +55,10 @@ def ceilings() -> tuple[float, float]:
 
 
 def peers(names: list[str]) -> dict[str, Implementation]:
-    """Those asked for and installed. FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported.
+    """Those asked for and installed.
 
-    FLA hands calls to FlashQLA and TileLang where those are installed, which must be off to see FLA's own kernels.
+    FLA refuses its backward on this Triton and Hopper; its guard is lifted, its error reported. It hands calls to
+    FlashQLA and TileLang where those are installed, which must be off to see FLA's own kernels.
     FlashQLA's L2 norms are ``torch.compile``d, a variant a shape; past Dynamo's usual limit of eight they would run
     uncompiled, at twice the cost of its forward.
     """
