@@ -72,7 +72,7 @@ def draw(graph: Graph, table: RuleTable, setting: Setting, generator: torch.Gene
 
 
 def draw_one(parameter: Parameter, table: RuleTable, setting: Setting, generator: torch.Generator) -> Tensor:
-    """One parameter at this width, by its base law and its rule's init std."""
+    """One parameter at this width, by its base law and its rule's init std, on the generator's device."""
     knob = table.rule(parameter.role).init_std
     assert knob is not None
     value: Tensor = _draw_base(parameter, setting, generator) * (setting.width / setting.base) ** float(knob)
@@ -82,11 +82,11 @@ def draw_one(parameter: Parameter, table: RuleTable, setting: Setting, generator
 def _draw_base(parameter: Parameter, setting: Setting, generator: torch.Generator) -> Tensor:
     shape, law = setting.shape(parameter.shape), parameter.law
     if law.name in ("ones", "zeros"):
-        return torch.full(shape, float(law == ONES))
+        return torch.full(shape, float(law == ONES), device=generator.device)
     if law.symmetric and law.name != "taps":
         std = 1.0 if law.name == "unit_normal" else _base_fan_in(setting, parameter.shape) ** -0.5
-        return torch.randn(shape, generator=generator) * std
-    uniform = torch.rand(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=generator.device) * std
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
     if law.name == "taps":
         return (2 * uniform - 1).mul(float(shape[-1]) ** -0.5)
     if law.name == "log_uniform":

@@ -95,7 +95,7 @@ class Described:
         setting = self.setting(width)
         drawn = {}
         for role, parameter in self.graph.parameters.items():
-            generator = torch.Generator().manual_seed(mixed(seed, role))
+            generator = torch.Generator(self.device).manual_seed(mixed(seed, role))
             value = draw_one(parameter, self.table, setting, generator).detach()
             drawn[role] = value.to(self.device, self.dtype).requires_grad_(parameter.trainable)
         return Run(self, setting, drawn, optimizer_of(self.table.optimizer, self._groups(drawn, width)))

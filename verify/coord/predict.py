@@ -65,11 +65,14 @@ def used_in(role: str, tensor: str) -> str:
     return role if tensor == role else f"{role} in {tensor}"
 
 
-def predictions(graph: Graph, table: RuleTable) -> tuple[Prediction, ...]:
+def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = None) -> tuple[Prediction, ...]:
     """All predictions for this table on this graph, in the order of the forward pass.
 
     The table is what is believed: its knobs are fixed, and the engine's own walks give every size that follows. Under a
     table of the engine's own making these are the sizes it was derived with.
+
+    Args:
+        assumed: the assumption set, where it is not the one that the table names.
 
     Raises:
         DeriveError: when the table is for another graph, for several regimes at once, or holds symbols.
@@ -82,7 +85,7 @@ def predictions(graph: Graph, table: RuleTable) -> tuple[Prediction, ...]:
         for knob in ("init_std", "multiplier", "lr")
         if (value := getattr(rule, knob)) is not None and (knob != "multiplier" or _has_multiplier(graph, rule.role))
     }
-    walk = Backward(walk_forward(graph, _assumed(table), fixed)).run()
+    walk = Backward(walk_forward(graph, assumed or _assumed(table), fixed)).run()
     updates = solve_updates(walk, law, fixed)
     found: list[Prediction] = []
     for name in graph.named:

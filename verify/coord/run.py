@@ -40,6 +40,12 @@ class Measurements:
         for statistic, value in statistics.items():
             self.sizes.setdefault((kind, name, step, statistic), {}).setdefault(seed, []).append(value)
 
+    def join(self, other: Measurements) -> None:
+        """Take in what was measured of other seeds at the same widths."""
+        for key, rows in other.sizes.items():
+            self.sizes.setdefault(key, {}).update(rows)
+        self.shortest = other.shortest | self.shortest
+
     def rows(self, kind: str, name: str, step: int, statistic: str) -> list[list[float]]:
         """Sizes [seed][width] of one quantity; empty where it was not measured at every width."""
         found = self.sizes.get((kind, name, step, statistic), {})
