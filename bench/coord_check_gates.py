@@ -1,10 +1,13 @@
 """The gates of Gated DeltaNet in training: which rule describes them under SGD, and whether their published init is stable.
 
-python bench/coord_check_gates.py > docs/results/coord_check_gates.md          # half an hour on two idle CPU cores
-python bench/coord_check_gates.py --widths 256 512 1024 2048 4096              # on a GPU
+python bench/coord_check_gates.py --jobs 2                                       # half an hour on two idle CPU cores
+python bench/coord_check_gates.py --widths 256 512 1024 2048 4096 --seeds 4 --jobs 12 --parts training      # on a GPU
+
+Prints the page; parts appear as they are done.
 """  # noqa: E501
 
 import argparse
+import itertools
 import platform
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,16 +20,17 @@ import torch
 from torch import Tensor
 
 from widthwise.codegen.request import Request
-from widthwise.verify.coord.alignment import Alignment, align
+from widthwise.verify.coord.alignment import Alignment, Halves, alignments, watch
 from widthwise.verify.coord.described import Described
-from widthwise.verify.coord.run import measure
+from widthwise.verify.coord.run import Measurements, measure
 from widthwise.verify.coord.stats import Slope, fit
 from widthwise.verify.coord.subject import mixed
 from widthwise.verify.data import VOCABULARY, corpus
 
 PARTS = ("facts", "init", "training")
 STEPS = (0, 1, 20, 200, 1000)
-SIZES = {"vocab": VOCABULARY}
+BASE = 64  # where learning rates are those given
+HEAD_DIM = 16  # at the smallest width: short of q·k's crossover up to sixteen times that width
 PUBLISHED = ("a_proj.init_std=-1/2", "b_proj.init_std=-1/2")
 
 
@@ -40,12 +44,15 @@ def batches(seed: int, length: int = 8, size: int = 8) -> Iterator[dict[str, Ten
 
 
 def subject(
-    optimizer: str, base: int, fix: tuple[str, ...] = (), lr: float | None = None, scaling: str = "heads-fixed"
+    optimizer: str, smallest: int, fix: tuple[str, ...] = (), lr: float | None = None, scaling: str = "heads-fixed"
 ) -> Described:
     request = Request("gated_deltanet", optimizer, scaling, fix=fix)
     graph = request.graph()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Described(graph, request.table(graph), base, sizes=SIZES, lr=lr, device=device)
+    fixed = scaling == "heads-fixed"
+    dim = HEAD_DIM * BASE // smallest if fixed else HEAD_DIM
+    sizes = {"vocab": VOCABULARY, "d_k": dim, "d_v": dim, "H": (smallest if fixed else BASE) // HEAD_DIM}
+    return Described(graph, request.table(graph), BASE, sizes=sizes, lr=lr, device=device)
 
 
 @dataclass(frozen=True)
@@ -68,28 +75,22 @@ SETTINGS = (
     Setting("sgd", "head-dim-fixed", 0.3),
     Setting("adamw", "heads-fixed", 2e-3, PUBLISHED),
 )
-Trained = tuple[Setting, list[Alignment], dict[str, dict[int, Slope]], dict[int, list[float]]]
+ROLES = ("a_proj", "b_proj", "A_log", "dt_bias", "o_norm")
 
 
-def one(given: tuple[Setting, tuple[int, ...], int, tuple[int, ...]]) -> Trained:
-    """Train; alignments, slopes of the gates' gradients, losses."""
-    setting, widths, seeds, steps = given
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    made, found = align(
-        subject(setting.optimizer, widths[0], setting.fix, setting.lr, setting.scaling),
+def one(given: tuple[Setting, tuple[int, ...], int, tuple[int, ...]]) -> tuple[Measurements, Halves]:
+    """Train at every width, under one seed."""
+    setting, widths, seed, steps = given
+    torch.set_num_threads(1)
+    described = subject(setting.optimizer, widths[0], setting.fix, setting.lr, setting.scaling)
+    return watch(
+        described,
         widths,
-        range(seeds),
+        [seed],
         steps,
         batches=batches,
-        progress=lambda: print(setting.title, file=sys.stderr, flush=True),
+        progress=lambda: print(setting.title, seed, file=sys.stderr, flush=True),
     )
-    roles = ("a_proj", "b_proj", "A_log", "dt_bias", "o_norm")
-    gradients = {
-        role: {step: fit(widths, found.rows("weight gradient", role, step, "rms")) for step in steps} for role in roles
-    }
-    losses = {step: found.means("loss", "loss", step, "value") for step in steps}
-    return setting, made, gradients, losses
 
 
 def text(slope: Slope) -> str:
@@ -100,7 +101,7 @@ def row(title: str, cells: Iterable[str]) -> None:
     print(f"| {title} | {' | '.join(cells)} |")
 
 
-def in_training(widths: tuple[int, ...], seeds: int, steps: tuple[int, ...]) -> None:
+def in_training(widths: tuple[int, ...], seeds: int, steps: tuple[int, ...], jobs: int) -> None:
     print("## In training\n")
     print(
         "Bytes of the Python standard library, 8 × 8 a batch. A gradient that stays as it is derived at initialization "
@@ -108,26 +109,38 @@ def in_training(widths: tuple[int, ...], seeds: int, steps: tuple[int, ...]) -> 
         "n^1/2 more. Coherence is the slope of a sum over what independent signs would make of it: 0, or 1/2 where "
         "terms agree.\n"
     )
-    jobs = [(setting, widths, seeds, steps) for setting in SETTINGS]
-    with get_context("spawn").Pool(1 if torch.cuda.is_available() else 3) as pool:
-        for setting, made, gradients, losses in pool.imap(one, jobs):
-            print(f"### {setting.title}\n")
-            row("", [f"step {step}" for step in steps])
-            print("|---|" + "---:|" * len(steps))
-            for role, slopes in gradients.items():
-                row(f"slope of ∂L/∂{role} (rms)", [text(slopes[step]) for step in steps])
-            for kind, name in dict.fromkeys((each.kind, each.name) for each in made):
-                if kind == "own step" or (kind == "upstream" and name[:6] not in ("a_proj", "b_proj")):
-                    continue
-                cells = {each.step: each for each in made if (each.kind, each.name) == (kind, name)}
-                told = [cells.get(step) for step in steps]
-                row(f"coherence of {kind}, {name}", ["" if each is None else text(each.slope) for each in told])
-                row(f"its ratio at width {widths[-1]}", ["" if each is None else f"{each.ratio:.2f}" for each in told])
-                reach = ["" if each is None or each.crossover == inf else f"{each.crossover:.2g}" for each in told]
-                row("coherent part rules from width", reach)
-            for index, width in enumerate(widths):
-                row(f"loss at width {width}", [f"{losses[step][index]:.3f}" for step in steps])
-            print(flush=True)
+    given = [(setting, widths, seed, steps) for setting in SETTINGS for seed in range(seeds)]
+    with get_context("spawn").Pool(jobs) as pool:
+        done = pool.imap(one, given)
+        for setting in SETTINGS:
+            found, halves = next(done)
+            for other, _ in itertools.islice(done, seeds - 1):
+                found.join(other)
+            tell(setting, found, alignments(found, halves, steps), steps)
+
+
+def tell(setting: Setting, found: Measurements, made: list[Alignment], steps: tuple[int, ...]) -> None:
+    widths = found.widths
+    print(f"### {setting.title}\n")
+    row("", [f"step {step}" for step in steps])
+    print("|---|" + "---:|" * len(steps))
+    for role in ROLES:
+        slopes = [fit(widths, found.rows("weight gradient", role, step, "rms")) for step in steps]
+        row(f"slope of ∂L/∂{role} (rms)", map(text, slopes))
+        row("at the two largest widths", [f"{each.local:+.2f} ± {each.local_error:.2f}" for each in slopes])
+    for kind, name in dict.fromkeys((each.kind, each.name) for each in made):
+        if kind == "own step" or (kind == "upstream" and name[:6] not in ("a_proj", "b_proj")):
+            continue
+        cells = {each.step: each for each in made if (each.kind, each.name) == (kind, name)}
+        told = [cells.get(step) for step in steps]
+        row(f"coherence of {kind}, {name}", ["" if each is None else text(each.slope) for each in told])
+        row(f"its ratio at width {widths[-1]}", ["" if each is None else f"{each.ratio:.2f}" for each in told])
+        reach = ["" if each is None or each.crossover == inf else f"{each.crossover:.2g}" for each in told]
+        row("coherent part rules from width", reach)
+    losses = {step: found.means("loss", "loss", step, "value") for step in steps}
+    for index, width in enumerate(widths):
+        row(f"loss at width {width}", [f"{losses[step][index]:.3f}" for step in steps])
+    print(flush=True)
 
 
 def published_init(widths: tuple[int, ...], seeds: int) -> None:
@@ -187,6 +200,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the part in training")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     asked = parser.parse_args()
     command = " ".join(["python bench/coord_check_gates.py", *sys.argv[1:]])
@@ -203,7 +217,7 @@ def main() -> None:
     if "init" in asked.parts:
         published_init(widths, 5 * asked.seeds)
     if "training" in asked.parts:
-        in_training(widths, asked.seeds, tuple(asked.steps))
+        in_training(widths, asked.seeds, tuple(asked.steps), asked.jobs)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,10 @@ def obeys(measured: Sequence[Alignment]) -> tuple[str, ...]:
     return tuple(found)
 
 
+Halves = dict[tuple[str, str], tuple[float, dict[int, int]]]
+"""Per sum: half the exponent of the axes that are summed, and by width how many terms it has."""
+
+
 def align(
     subject: Described,
     widths: Sequence[int],
@@ -96,8 +100,22 @@ def align(
     ``batches`` gives a seed's data for ever (default: the subject's one batch). Returns the alignments, and the
     typical sizes of parameter gradients beside them.
     """
+    found, halves = watch(subject, widths, seeds, at, batches=batches, progress=progress)
+    return alignments(found, halves, at), found
+
+
+def watch(
+    subject: Described,
+    widths: Sequence[int],
+    seeds: Sequence[int],
+    at: Sequence[int],
+    *,
+    batches: Batches | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Measurements, Halves]:
+    """What :func:`align` measures, before any slope: measurements of several seeds can be joined."""
     found = Measurements(tuple(widths))
-    halves: dict[tuple[str, str], tuple[float, dict[int, int]]] = {}
+    halves: Halves = {}
     torch.set_flush_denormal(True)
     try:
         for seed in seeds:
@@ -109,6 +127,11 @@ def align(
                 progress()
     finally:
         torch.set_flush_denormal(False)
+    return found, halves
+
+
+def alignments(found: Measurements, halves: Halves, at: Sequence[int]) -> list[Alignment]:
+    """Every sum's coherence as a slope in the width."""
     made = []
     for kind, name in halves:
         half, lengths = halves[kind, name]
@@ -117,9 +140,9 @@ def align(
             if rows:
                 ratio = found.average(kind, name, step, "ratio")[-1]
                 made.append(
-                    Alignment(kind, name, step, half, fit(widths, rows), ratio, _takes_over(ratio, half, lengths))
+                    Alignment(kind, name, step, half, fit(found.widths, rows), ratio, _takes_over(ratio, half, lengths))
                 )
-    return made, found
+    return made
 
 
 def _takes_over(ratio: float, half: float, lengths: dict[int, int]) -> float:
@@ -134,7 +157,7 @@ def _train(
     data: Iterator[Batch],
     at: Sequence[int],
     found: Measurements,
-    halves: dict[tuple[str, str], tuple[float, dict[int, int]]],
+    halves: Halves,
     width: int,
     seed: int,
 ) -> None:
