@@ -13,6 +13,7 @@ from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ZERO, at_most, largest, n_to
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Dim, Graph, Node, Parameter
+from widthwise.derive.laws import ZEROS
 from widthwise.derive.ops.registry import OPS, Tolerance, lookup
 from widthwise.derive.signal import Flip, Partial, Signal, contract, signal
 from widthwise.derive.solve import INIT, MULTIPLIER, STEP, Constraint, Knobs
@@ -122,6 +123,8 @@ class Forward:
         carried = [node for node, _ in uses if node.attrs.get("carrier") == role]
         if carried and (INIT, role) not in self.knobs.fixed and (MULTIPLIER, role) not in self.knobs.fixed:
             self.knobs.fix(INIT, role, ZERO, "gauge: drawn at unit scale, its multiplier carries the width")
+        if (INIT, role) not in self.knobs.fixed and uses and all(self.starts_at_zero(role, node) for node, _ in uses):
+            self.knobs.fix(INIT, role, ZERO, "it starts at zero, whatever it is scaled by")
         size = self.knobs.unknown(INIT, role, parameter.where)
         odd: dict[Flip, float] = {}
         if parameter.law.symmetric:
@@ -148,6 +151,11 @@ class Forward:
         if not self.graph.parameters[role].trainable:
             return ()
         return (self._own_step(role, node.output, node.where),)
+
+    def starts_at_zero(self, name: str, node: Node) -> bool:
+        """Whether this is a parameter that adds nothing to the sum ``node`` before training, as biases do."""
+        parameter = self.graph.parameters.get(name)
+        return parameter is not None and parameter.law == ZEROS and node.op in ("add", "residual")
 
     def multiplier(self, node: Node, role: str) -> Expr:
         """The forward multiplier of a weight at this node: solved where the node carries one, else n^0 or fixed."""

@@ -56,10 +56,15 @@ def _add_forward(walk: Forward, node: Node) -> State:
     from widthwise.derive.forward import State
 
     states = walk.inputs(node)
-    init = added(state.init for state in states)
+    felt = [name for name in node.inputs if not walk.starts_at_zero(name, node)] or node.inputs
+    init = added(walk.states[name].init for name in felt)
     distinct = {(change.size, change.own): change for state in states for change in state.changes}
     changes = tuple(distinct.values())
-    return State(init, walk.fact(node, init, f"the larger of {' and '.join(node.inputs)}"), changes)
+    return State(
+        init,
+        walk.fact(node, init, f"the larger of {' and '.join(felt)}" if len(felt) > 1 else f"that of {felt[0]}"),
+        changes,
+    )
 
 
 def _add_backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:

@@ -4,7 +4,10 @@ import pytest
 from sympy import Rational
 
 from widthwise.derive import Builder, DeriveError, Graph, RuleTable, architecture, derive
+from widthwise.derive.assume import SETS
+from widthwise.derive.backward import Backward
 from widthwise.derive.exponents import show
+from widthwise.derive.forward import walk_forward
 
 
 def twice(order: str) -> Graph:
@@ -218,3 +221,27 @@ def test_factors_need_numbers() -> None:
     with pytest.raises(DeriveError, match="derive one scaling"):
         derive(architecture("gated_deltanet", scaling="mixed")).rule("a_proj").factors(512, 256)
     assert derive(architecture("mlp"), "adam").rule("hidden").factors(512, 256)["lr"] == 0.5
+
+
+def gated_twice(bias: bool) -> Graph:
+    """Few outputs b, c, which open a gate together: both start at n^-1/2 and are brought to n^0."""
+    g = Builder("gated_twice")
+    n, few = g.dim("n", 1), g.dim("few")
+    x = g.embedding("table", g.dim("vocab"), n)
+    h = g.norm(x, output="h")
+    b, c = (g.linear(h, name, few, bias=bias) for name in ("b", "c"))
+    gate = g.product(b, c, output="gate")
+    y = g.linear(g.product(g.linear(h, "v", n), gate, n), "o", n)
+    g.cross_entropy(g.readout(g.norm(g.residual(x, y)), "head", g.dim("classes")))
+    return g.build()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_adds_nothing_before_training(bias: bool) -> None:
+    walk = Backward(walk_forward(gated_twice(bias), SETS["at-init"], {})).run()
+    assert show(walk.states["gate"].init.size) == "-1"
+    assert show(walk.states["gate"].trained) == "0"
+    assert show(walk.gradients["b"].size) == "-1/2"  # with c as large as training makes it
+    if bias:
+        rule = derive(gated_twice(bias), "adamw").rule("b_bias")
+        assert (show(rule.init_std), show(rule.lr), show(rule.eps)) == ("0", "0", "-1/2")
