@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sympy import Expr
@@ -13,7 +13,7 @@ from widthwise.derive.assume import PRESETS, SETS, Assumptions, in_regime
 from widthwise.derive.backward import Backward
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ONE, ZERO, n_to
-from widthwise.derive.forward import walk_forward
+from widthwise.derive.forward import Forward, walk_forward
 from widthwise.derive.laws import ZEROS
 from widthwise.derive.ops.registry import lookup
 from widthwise.derive.optimizers import Weight
@@ -40,7 +40,8 @@ class Prediction:
     """One exponent: the quantity grows as n^exponent, or (``bound``) at most so.
 
     ``name`` is a tensor or a role; steps and changes are named ``role in tensor``. ``tolerated`` is what the tensor
-    tolerates where that is known, which a prediction may exceed (the engine then has a finding about it).
+    tolerates where that is known, which a prediction may exceed (the engine then has a finding about it). ``least``,
+    where there is one, is the exponent at initialization of what training raises to ``exponent``: steps lie between.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Prediction:
     exponent: float
     bound: bool = False
     tolerated: float | None = None
+    least: float | None = None
 
     @property
     def key(self) -> tuple[Kind, str]:
@@ -69,7 +71,8 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
     """All predictions for this table on this graph, in the order of the forward pass.
 
     The table is what is believed: its knobs are fixed, and the engine's own walks give every size that follows. Under a
-    table of the engine's own making these are the sizes it was derived with.
+    table of the engine's own making these are the sizes it was derived with, but for gradients: rules are derived from
+    trained sizes, and gradients are measured at initialization, so their adjoint is walked with initial ones.
 
     Args:
         assumed: the assumption set, where it is not the one that the table names.
@@ -86,14 +89,16 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
         if (value := getattr(rule, knob)) is not None and (knob != "multiplier" or _has_multiplier(graph, rule.role))
     }
     walk = Backward(walk_forward(graph, assumed or _assumed(table), fixed)).run()
+    start = Backward(_untrained(walk.forward)).run()
     updates = solve_updates(walk, law, fixed)
+    at_start = solve_updates(start, law, fixed)
     found: list[Prediction] = []
     for name in graph.named:
         if graph.shapes[name] == () or name not in graph.makers:
             continue  # the loss has no exponent to speak of, and a scan's state is never a tensor
         found.append(Prediction("forward", name, _number(walk.states[name].init.size)))
-        if name in walk.gradients:
-            found.append(Prediction("gradient", name, _number(walk.gradients[name].size)))
+        if name in start.gradients:
+            found.append(Prediction("gradient", name, _number(start.gradients[name].size)))
         if (change := walk.states[name].change) is not None:
             found.append(Prediction("change", name, _number(change), bound=True))
     for role, parameter in graph.parameters.items():
@@ -101,19 +106,29 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
             found.append(Prediction("weight", role, _number(walk.states[role].init.size)))
         if not parameter.trainable:
             continue
-        found.append(Prediction("weight gradient", role, _number(walk.gradients[role].size)))
+        found.append(Prediction("weight gradient", role, _number(start.gradients[role].size)))
         update = updates[role]
         entry = law.step(weight_of(walk, parameter)).entry
         followed = walk.gradients[role].size if follows_gradient(table.optimizer) else ZERO
         found.append(Prediction("step", role, _number(update.lr + entry - followed)))
-        for tensor, effect, tolerated in zip(_uses(graph, role), update.effects, update.bounds, strict=True):
-            size, limit = _number(update.lr + effect.value), _number(tolerated)
-            found.append(Prediction("own step", used_in(role, tensor), size, tolerated=limit))
+        for tensor, effect, first, tolerated in zip(
+            _uses(graph, role), update.effects, at_start[role].effects, update.bounds, strict=True
+        ):
+            size, least, limit = (
+                _number(each) for each in (update.lr + effect.value, update.lr + first.value, tolerated)
+            )
+            own = Prediction("own step", used_in(role, tensor), size, tolerated=limit)
+            found.append(own if least == size else replace(own, least=least))
             for change in walk.states[tensor].changes if tensor != role else ():
                 if change.fact.subject == f"change of {tensor} from upstream":
                     bound = _number(change.size)
                     found.append(Prediction("upstream", used_in(role, tensor), bound, bound=True, tolerated=limit))
     return tuple(found)
+
+
+def _untrained(forward: Forward) -> Forward:
+    """The same walk with nothing changed by training, so that trained sizes are initial ones."""
+    return replace(forward, states={name: replace(state, changes=()) for name, state in forward.states.items()})
 
 
 def _uses(graph: Graph, role: str) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, isfinite, log, sqrt
 from statistics import fmean
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from widthwise.derive.errors import DeriveError
-from widthwise.verify.coord.subject import Batch, Model, Snapshot, Subject
+from widthwise.verify.coord.subject import Batch, Effect, Model, Snapshot, Subject
 
 ROUNDING = 1e-3  # of the median
+CANCELLED = 1e-5  # of the largest entry of its row: a zero that two equal terms have made
 SHORT = 16  # rows with fewer entries than that are no sample of their own
 
 Key = tuple[str, str, int, str]
@@ -153,6 +154,7 @@ class _Look:
 
 def _one(model: Model, batch: Batch, steps: int, look: _Look) -> None:
     start: Snapshot | None = None
+    made_by: dict[str, Tensor] = {}
     for step in range(steps + 1):
         tensors = model.forward(batch)
         parameters = {role: value.detach() for role, value in model.parameters.items()}
@@ -170,21 +172,42 @@ def _one(model: Model, batch: Batch, steps: int, look: _Look) -> None:
                 for role, value in parameters.items() if step == 1 else ():
                     look.at("step", role, step, value - start.parameters[role])
                 for effect in model.effects(start, now, batch):
-                    look.change("own step", effect.name, step, effect.own)
+                    look.change("own step", effect.name, step, _where_made(effect, made_by))
                     if effect.upstream is not None:
                         look.change("upstream", effect.name, step, effect.upstream)
         if step == steps:
             return
         model.optimizer.zero_grad(set_to_none=True)
         tensors["loss"].backward()  # type: ignore[no-untyped-call]
+        gradients = {
+            name: _uncancelled(value.grad)
+            for name, value in reversed(tensors.items())
+            if value.retains_grad and value.grad is not None
+        }
+        for name, value in gradients.items():
+            made_by[name] = made_by.get(name, False) | (value != 0)
         if step == 0:
-            for name, value in reversed(tensors.items()):
-                if value.retains_grad and value.grad is not None:
-                    look.at("gradient", name, step, value.grad)
+            for name, value in gradients.items():
+                look.at("gradient", name, step, value)
             for role, value in model.parameters.items():
                 if value.grad is not None:
                     look.at("weight gradient", role, step, value.grad)
         model.optimizer.step()
+
+
+def _uncancelled(gradient: Tensor) -> Tensor:
+    """A gradient with zeros where it is zero but for rounding, as it is to experts that a token is not sent to."""
+    if not gradient.dim():
+        return gradient
+    size = gradient.abs()
+    return torch.where(size > CANCELLED * size.amax(-1, keepdim=True), gradient, 0.0)
+
+
+def _where_made(effect: Effect, made_by: Mapping[str, Tensor]) -> Tensor:
+    """A parameter's own step at the entries that made it: ΔW is a sum over the tokens whose gradient is not zero, so it
+    is coherent with them, and noise to the others (a router's row is made by the tokens sent to its expert)."""
+    made = made_by.get(effect.name.partition(" in ")[2])
+    return effect.own if made is None or made.shape != effect.own.shape else torch.where(made, effect.own, 0.0)
 
 
 def _typical(squares: Tensor) -> float:

@@ -68,9 +68,14 @@ def cell(result: Result | None) -> Text:
 
     if result is None:
         return Text("·", style="dim")
-    bound = "≤" if result.bound else ""
-    text = f"{bound}{power(result.predicted)}: {result.slope.value:+.2f} ± {result.slope.error:.2f}"
+    text = f"{derived(result)}: {result.slope.value:+.2f} ± {result.slope.error:.2f}"
     return Text(text + MARK[result.verdict], style=STYLE[result.verdict])
+
+
+def derived(result: Result) -> str:
+    """``-1/2``; ``≤0`` of a bound; ``-1…0`` of what training raises."""
+    low = "≤" if result.bound else "" if result.least is None else f"{power(result.least)}…"
+    return low + power(result.predicted)
 
 
 def power(exponent: float) -> str:
@@ -98,8 +103,8 @@ def summary(report: Report) -> Iterator[RenderableType]:
     for each in sorted(odd, key=lambda each: list(MEANING).index(each.verdict), reverse=True):
         slope = each.slope
         yield Text(
-            f"  {each.verdict:10} {each.kind}, {each.name}, step {each.step}: derived {'≤ ' * each.bound}"
-            f"{power(each.predicted)}, measured {slope.value:+.2f} ± {slope.error:.2f}, "
+            f"  {each.verdict:10} {each.kind}, {each.name}, step {each.step}: derived {derived(each)}, "
+            f"measured {slope.value:+.2f} ± {slope.error:.2f}, "
             f"locally {slope.local:+.2f} ± {slope.local_error:.2f}",
             STYLE[each.verdict],
         )

@@ -48,12 +48,12 @@ class Result:
     slope: Slope
     verdict: Verdict
     sizes: tuple[float, ...]
+    least: float | None = None
 
     @property
     def off(self) -> float:
         """How far the slope is from the prediction; below a bound it is nowhere off."""
-        off = self.slope.value - self.predicted
-        return max(0.0, off) if self.bound else off
+        return _off(self.slope.value, self.predicted, self.bound, self.least)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,10 +74,15 @@ def _error(values: Sequence[float]) -> float:
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else inf
 
 
-def judge(slope: Slope, predicted: float, bound: bool = False) -> Verdict:
+def _off(value: float, predicted: float, bound: bool, least: float | None) -> float:
+    """How far a slope is from its prediction: from the nearer end, where that is a range; only above it, of a bound."""
+    low = -inf if bound else predicted if least is None else least
+    return value - min(max(value, low), predicted)
+
+
+def judge(slope: Slope, predicted: float, bound: bool = False, least: float | None = None) -> Verdict:
     """The verdict on one slope; of a bound, only what exceeds it counts."""
-    off = slope.value - predicted
-    off = max(0.0, off) if bound else abs(off)
+    off = abs(_off(slope.value, predicted, bound, least))
     if off - 2 * slope.error > BETWEEN:
         return "fail"
     if off > BETWEEN or 2 * slope.error > BETWEEN:
@@ -112,10 +117,9 @@ def _result(
 ) -> Result:
     slope = fit(widths, rows) if rows else Slope(nan, inf, nan, inf)
     sizes = tuple(exp(fmean(map(log, column))) for column in zip(*rows, strict=True))
-    verdict = judge(slope, each.exponent, each.bound) if rows else "unresolved"
-    return Result(
-        each.kind, each.name, step, statistic, each.exponent, each.bound, each.tolerated, slope, verdict, sizes
-    )
+    verdict = judge(slope, each.exponent, each.bound, each.least) if rows else "unresolved"
+    found = each.exponent, each.bound, each.tolerated, slope, verdict, sizes, each.least
+    return Result(each.kind, each.name, step, statistic, *found)
 
 
 def _statistic(found: Measurements, each: Prediction, follows_gradient: bool) -> str:

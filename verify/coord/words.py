@@ -7,7 +7,7 @@ from widthwise.verify.coord.stats import Result
 
 def finding(result: Result) -> str:
     """One sentence or two on a prediction that failed."""
-    measured, derived = _power(result.slope.value), _power(result.predicted)
+    measured, derived = _power(result.slope.value), _power(result.slope.value - result.off)
     excess = _power(abs(result.off))
     large = "large" if result.off > 0 else "small"
     role, _, tensor = result.name.partition(" in ")

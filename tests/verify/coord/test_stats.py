@@ -57,6 +57,14 @@ def test_verdicts(measured: float, error: float, verdict: str) -> None:
     assert judge(Slope(measured, error, measured, error), 0.0) == verdict
 
 
+@pytest.mark.parametrize(
+    ("measured", "verdict"),
+    [(0.05, "ok"), (-0.5, "ok"), (-1.05, "ok"), (0.2, "drift"), (-1.2, "drift"), (-1.5, "fail")],
+)
+def test_what_training_raises_is_a_range(measured: float, verdict: str) -> None:
+    assert judge(Slope(measured, 0.01, measured, 0.01), 0.0, least=-1.0) == verdict
+
+
 def test_a_bound_is_broken_from_above_alone() -> None:
     below, above = Slope(-0.6, 0.01, 0, 0), Slope(0.6, 0.01, 0, 0)
     assert judge(below, 0.0, bound=True) == "ok"
