@@ -195,21 +195,24 @@ def demo(data: Path | None, seconds: float, output: Path) -> None:
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="results (default: FILE.jsonl)")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="results, or a folder (default: FILE.jsonl)")
 @click.option("--executor", default="local", show_default=True, help="local, or ray for a Ray cluster")
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="runs at a time (under ray: a GPU)")
-def sweep(file: Path, output: Path | None, executor: str, jobs: int) -> None:
-    """Train the grid of FILE (TOML): widths × learning rates × parametrizations × seeds; goes on where it stopped."""
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="runs at a time, on each GPU")
+def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int) -> None:
+    """Train the grids of FILES (TOML): widths × learning rates × parametrizations × seeds; goes on where it stopped."""
     with _torch():
         from widthwise.verify.transfer.config import read_sweep
         from widthwise.verify.transfer.results import Results
         from widthwise.verify.transfer.sweep import carry_out
-    results = output or file.with_suffix(".jsonl")
-    failures = carry_out(read_sweep(file), results, executor, jobs)
-    entries = list(Results(results).load().values())
-    if entries:
-        _transfer(entries, None)
+    folder = output is not None and (output.is_dir() or len(files) > 1)
+    paths = [file.with_suffix(".jsonl") for file in files]
+    if output is not None:
+        paths = [output / path.name if folder else output for path in paths]
+    failures = carry_out([(read_sweep(file), path) for file, path in zip(files, paths, strict=True)], executor, jobs)
+    for path in paths:
+        if entries := list(Results(path).load().values()):
+            _transfer(entries, None)
     if failures:
         click.secho(f"{len(failures)} runs failed or were left; the same command tries them again", fg="red", err=True)
         sys.exit(1)

@@ -7,9 +7,10 @@ import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from widthwise.codegen.request import Request
@@ -74,8 +75,30 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A parametrization of one's own: the options of ``widthwise derive`` by which it differs from the derived one."""
+
+    assume: str | None = None
+    preset: str | None = None
+    regime: str | None = None
+    parametrization: str | None = None
+    fix: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # of the architecture, beside the sweep's
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A part of a sweep that is denser or sparser than the rest; what it does not say is as in the sweep."""
+
+    parametrizations: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """A whole grid. ``sizes`` are those at the base width; ``data`` is ``stdlib``, ``mqar`` or a path."""
+    """All runs to compare. ``sizes`` are those at the base width; ``data`` is ``stdlib``, ``mqar`` or a path."""
 
     name: str
     architecture: str
@@ -90,47 +113,63 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     data: str = "stdlib"
     tied: bool = False
-    options: tuple[str, ...] = field(default=())
+    options: tuple[str, ...] = ()
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    grids: tuple[Grid, ...] = ()  # instead of the product of the above; the important ones first
+    extend: int = 0  # learning rates that may be added at either end of a curve whose lowest loss is there
 
-    def runs(self) -> Iterator[Run]:
-        """All runs, small models first. At the base width parametrizations are one and the same, and run once.
+    def stages(self) -> list[list[Run]]:
+        """The runs of each grid, small models first; those of earlier grids are not repeated.
 
         Raises:
             DeriveError: for a parametrization that there is not.
         """
-        runs = []
-        for name, width, lr, seed in itertools.product(
-            self.parametrizations, self.widths, self.learning_rates, self.seeds
-        ):
-            if width == self.base_width and name != self.parametrizations[0]:
-                continue
-            request = self._request(name)
-            base = width if name == STANDARD else self.base_width
-            runs.append(
-                Run(
-                    name,
-                    width,
-                    lr,
-                    seed,
-                    request,
-                    base,
-                    dict(self.sizes) | {"width": self.base_width},
-                    self.training,
-                    self.data,
-                    _hash(request),
-                )
+        made: dict[str, Run] = {}
+        stages = []
+        for grid in self.grids or (Grid(),):
+            points = itertools.product(
+                grid.parametrizations or self.parametrizations,
+                grid.widths or self.widths,
+                grid.learning_rates or self.learning_rates,
+                grid.seeds or self.seeds,
             )
-        return iter(sorted(runs, key=lambda run: run.order))
+            new = {run.key: run for run in itertools.starmap(self.run, points) if run.key not in made}
+            made |= new
+            stages.append(sorted(new.values(), key=lambda run: run.order))
+        return stages
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, stage by stage."""
+        return itertools.chain.from_iterable(self.stages())
+
+    def run(self, name: str, width: int, lr: float, seed: int) -> Run:
+        """One of the runs. At the base width parametrizations of one model are the same, and go by the first's name.
+
+        Raises:
+            DeriveError: for a parametrization that there is not.
+        """
+        first = self.parametrizations[0]
+        if width == self.base_width and self._request(name).options == self._request(first).options:
+            name = first
+        request = self._request(name)
+        base = width if name == STANDARD else self.base_width
+        sizes = dict(self.sizes) | {"width": self.base_width}
+        return Run(name, width, lr, seed, request, base, sizes, self.training, self.data, _hash(request))
 
     def _request(self, name: str) -> Request:
         preset = None if name in (STANDARD, DERIVED) else name
+        variant = self.variants.get(name, Variant(preset=preset))
         return Request(
             self.architecture,
             optimizer=self.optimizer,
             scaling=self.scaling,
-            preset=preset,
+            assume=variant.assume,
+            preset=variant.preset,
+            regime=variant.regime,
+            parametrization=variant.parametrization,
+            fix=variant.fix,
             tied=self.tied,
-            options=self.options,
+            options=(*self.options, *variant.options),
         )
 
 
@@ -151,11 +190,19 @@ def read_sweep(path: Path) -> Sweep:
         raise DeriveError(f"cannot read {path}: {error.strerror}", cure="give a sweep file") from None
     except (ValueError, RecursionError) as error:
         raise DeriveError(f"{path} is not TOML: {error}", cure="see docs/transfer.md for an example") from None
-    training = content.pop("training", None)
-    if not isinstance(training, dict):
+    if not isinstance(content.get("training"), dict):
         raise DeriveError(f"{path} has no [training]", cure="see docs/transfer.md for an example")
-    values = _checked(Sweep, content | {"training": _checked_training(training, path)}, path)
-    sweep = Sweep(**values)
+    sweep = Sweep(**_checked(Sweep, content, str(path)))
+    _check(sweep, path)
+    return sweep
+
+
+def _check(sweep: Sweep, path: Path) -> None:
+    training = sweep.training
+    if training.batch % training.accumulate or min(training.steps, training.batch, training.length) < 1:
+        raise DeriveError(
+            f"{path}: steps, batch and length must be positive, and batch a multiple of accumulate", cure="correct them"
+        )
     if len(set(sweep.widths)) < len(sweep.widths) or min(sweep.widths) < 1:
         raise DeriveError(
             f"{path}: widths {list(sweep.widths)} are not different positive numbers", cure="correct them"
@@ -164,39 +211,38 @@ def read_sweep(path: Path) -> Sweep:
         raise DeriveError(
             f"{path}: widths lack the base width {sweep.base_width}", cure="add it: transfer starts there"
         )
-    if min(sweep.learning_rates) <= 0:
+    if min(sweep.learning_rates + tuple(lr for grid in sweep.grids for lr in grid.learning_rates)) <= 0:
         raise DeriveError(f"{path}: learning rates must be positive", cure="correct them")
-    return sweep
+    for grid in sweep.grids:
+        stray = [f"width {each}" for each in grid.widths if each not in sweep.widths]
+        stray += [f"parametrization {each}" for each in grid.parametrizations if each not in sweep.parametrizations]
+        if stray:
+            raise DeriveError(f"{path}: {stray[0]} of a grid is none of the sweep's", cure="add it there")
 
 
-def _checked_training(content: Mapping[str, Any], path: Path) -> Training:
-    training = Training(**_checked(Training, content, path))
-    if training.batch % training.accumulate or min(training.steps, training.batch, training.length) < 1:
-        raise DeriveError(
-            f"{path}: steps, batch and length must be positive, and batch a multiple of accumulate", cure="correct them"
-        )
-    return training
-
-
-def _checked(kind: type[Any], content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _checked(kind: type[Any], content: Mapping[str, Any], where: str) -> dict[str, Any]:
     hints = get_type_hints(kind)
     known = {each.name: each for each in fields(kind)}
     for key in content:
         if key not in known:
-            raise unknown_name(f"key of {path}", key, list(known))
+            raise unknown_name(f"key of {where}", key, list(known))
     for name, each in known.items():
         if name not in content and each.default is MISSING and each.default_factory is MISSING:
-            raise DeriveError(f"{path} lacks {name}", cure="see docs/transfer.md for an example")
-    return {key: _value(value, hints[key], f"{path}: {key}") for key, value in content.items()}
+            raise DeriveError(f"{where} lacks {name}", cure="see docs/transfer.md for an example")
+    return {key: _value(value, hints[key], f"{where}: {key}") for key, value in content.items()}
 
 
 def _value(value: Any, hint: Any, what: str) -> Any:
     """A TOML value as the kind that a field has, and nothing else."""
     origin = get_origin(hint)
+    if origin is UnionType:  # something or None, which TOML cannot say
+        return _value(value, get_args(hint)[0], what)
     if origin is tuple and isinstance(value, list) and value:
         return tuple(_value(each, get_args(hint)[0], what) for each in value)
     if origin is not None and isinstance(value, dict):
         return {key: _value(each, get_args(hint)[1], f"{what}.{key}") for key, each in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return hint(**_checked(hint, value, what))
     if hint is float and type(value) in (int, float):
         return float(value)
     if origin is None and type(value) is hint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -17,8 +17,24 @@ class Curve:
     parametrization: str
     width: int
     lrs: tuple[float, ...]
-    losses: tuple[float, ...]
-    errors: tuple[float, ...]  # standard errors over seeds; NaN for a single one
+    by_seed: tuple[tuple[float, ...], ...]  # a row a seed, in which every learning rate has its loss
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        return tuple(mean(column) for column in zip(*self.by_seed, strict=True))
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Standard errors of the losses over seeds; NaN for a single one."""
+        return tuple(standard_error(column) for column in zip(*self.by_seed, strict=True))
+
+    def rise(self, index: int) -> tuple[float, float]:
+        """The loss at a learning rate less the lowest one, and the standard error of that over seeds: equal seeds
+        have equal data and draws, so that differences are taken seed by seed."""
+        if index == self.best:
+            return 0.0, 0.0
+        differences = [row[index] - row[self.best] for row in self.by_seed]
+        return self.losses[index] - self.losses[self.best], standard_error(differences)
 
     @property
     def best(self) -> int:
@@ -64,28 +80,36 @@ class Transfer:
     diverged: int
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for a single value, or where one is infinite."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
 def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """All curves of a results file; runs at the base width count for every parametrization, as they are the same."""
-    entries = list(entries)
-    names = {entry["parametrization"] for entry in entries}
-    points: dict[tuple[str, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """All curves of a results file. A parametrization without runs of its own at the base width has the others', as
+    they are the same. A seed counts where it has all learning rates of its curve, or means would compare seeds."""
+    points: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    base = 0
     for entry in entries:
         loss = math.inf if entry["diverged"] is not None else entry["loss"]
-        at_base = entry["width"] == entry["sizes"]["width"]
-        for name in names if at_base else {entry["parametrization"]}:
-            points[name, entry["width"]][entry["lr"]].append(loss)
-    made = []
-    for (name, width), by_lr in sorted(points.items()):
-        lrs = sorted(by_lr)
-        losses = tuple(mean(by_lr[lr]) for lr in lrs)
-        errors = tuple(
-            stdev(by_lr[lr]) / len(by_lr[lr]) ** 0.5
-            if len(by_lr[lr]) > 1 and all(map(math.isfinite, by_lr[lr]))
-            else math.nan
-            for lr in lrs
-        )
-        made.append(Curve(name, width, tuple(lrs), losses, errors))
-    return made
+        points[entry["parametrization"], entry["width"]][entry["lr"]][entry["seed"]] = loss
+        base = entry["sizes"]["width"]
+    names = list(dict.fromkeys(name for name, _ in points))
+    owners = [name for name in names if (name, base) in points]
+    for name in names:
+        if owners and name not in owners:
+            points[name, base] = points[owners[0], base]
+    return [_curve(name, width, by_lr) for (name, width), by_lr in sorted(points.items())]
+
+
+def _curve(name: str, width: int, by_lr: Mapping[float, Mapping[int, float]]) -> Curve:
+    lrs = sorted(by_lr)
+    everywhere = set.intersection(*(set(by_lr[lr]) for lr in lrs))
+    if not everywhere:  # cut off within the first seed: what the most learning rates have
+        seeds = [seed for lr in lrs for seed in by_lr[lr]]
+        everywhere = {max(sorted(set(seeds)), key=seeds.count)}
+        lrs = [lr for lr in lrs if everywhere <= set(by_lr[lr])]
+    return Curve(name, width, tuple(lrs), tuple(tuple(by_lr[lr][seed] for lr in lrs) for seed in sorted(everywhere)))
 
 
 def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
@@ -100,8 +124,7 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
         tuned = base.lrs[base.best]
         for curve in family:
             best = curve.best
-            at_tuned = curve.at(tuned) if tuned in curve.lrs else math.nan
-            index = curve.lrs.index(tuned) if tuned in curve.lrs else best
+            regret, error = curve.rise(curve.lrs.index(tuned)) if tuned in curve.lrs else (math.nan, math.nan)
             found.append(
                 Transfer(
                     name,
@@ -109,8 +132,8 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                     curve.lrs[best],
                     curve.losses[best],
                     curve.optimum - base.optimum,
-                    at_tuned - curve.losses[best],
-                    math.hypot(curve.errors[index], curve.errors[best]) if index != best else 0.0,
+                    regret,
+                    error,
                     _sensitivity(curve),
                     curve.at_edge,
                     sum(map(math.isinf, curve.losses)),

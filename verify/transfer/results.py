@@ -41,12 +41,12 @@ class Results:
         return found
 
     def add(self, run: Run, outcome: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one finished run, and wait until it is on disk.
+        """Append one finished run, and wait until it is on disk. The outcome may be a whole entry of another file.
 
         Raises:
             DeriveError: when it cannot be written; the lines before it are untouched.
         """
-        entry = {"key": run.key, **asdict(run), **outcome}
+        entry = {**outcome, "key": run.key, **asdict(run)}
         line = json.dumps(entry, sort_keys=True).encode() + b"\n"
         _guarded(lambda: self._append(line), self.path)
         return entry

@@ -1,50 +1,119 @@
-"""A sweep: what is missing of a grid is run, and recorded as it finishes."""
+"""Sweeps: what is missing of their grids is run, and recorded as it finishes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from widthwise.verify.transfer.config import Run, Sweep
-from widthwise.verify.transfer.execute import FAILED, executor
+from widthwise.verify.transfer.execute import FAILED, Executor, Outcome, executor
+from widthwise.verify.transfer.extend import further
 from widthwise.verify.transfer.results import Results
 
 
-def carry_out(sweep: Sweep, path: Path, how: str = "local", jobs: int = 1, console: Console | None = None) -> list[str]:
-    """Run what the results file does not hold yet; Ctrl-C stops, and the same command goes on.
+class Books:
+    """A sweep beside its results: what was planned, what is finished."""
+
+    def __init__(self, sweep: Sweep, path: Path) -> None:
+        self.sweep, self.results = sweep, Results(path)
+        self.stages = [{run.key: run for run in stage} for stage in sweep.stages()]
+        self.finished = self.results.load()
+
+    @property
+    def grid(self) -> dict[str, Run]:
+        return {key: run for stage in self.stages for key, run in stage.items()}
+
+    def left(self, *stages: int) -> dict[str, Run]:
+        """What is not finished, of all stages or of some."""
+        wanted = [self.stages[each] for each in stages if each < len(self.stages)] if stages else self.stages
+        return {key: run for stage in wanted for key, run in stage.items() if key not in self.finished}
+
+    def plan_further(self) -> None:
+        """Where the grid is finished, add what its results leave open."""
+        while not self.left():
+            grid = self.grid
+            own = [entry for key, entry in self.finished.items() if key in grid]
+            more = {run.key: run for run in further(self.sweep, own) if run.key not in grid}
+            if not more:
+                return
+            self.stages.append(more)
+
+    def add(self, run: Run, outcome: Outcome) -> None:
+        self.finished[run.key] = self.results.add(run, outcome)
+
+
+def carry_out(
+    sweeps: Sequence[tuple[Sweep, Path]], how: str = "local", jobs: int = 1, console: Console | None = None
+) -> list[str]:
+    """Run what the results file of each sweep does not hold yet; Ctrl-C stops, and the same command goes on.
+
+    First comes the first stage of every sweep, then the second of every sweep, and so on. A run that two of the sweeps have in common is carried out once, and recorded in the files of both.
 
     Returns:
-        What went wrong, by run; nothing where the grid is complete.
+        What went wrong, by run; nothing where all grids are complete.
 
     Raises:
         DeriveError: when results cannot be read or written, or the executor is not there.
     """
     console = console or Console(highlight=False)
-    results, execute = Results(path), executor(how)
-    grid = list(sweep.runs())
-    finished = results.load()
-    missing = [run for run in grid if run.key not in finished]
-    console.print(f"{sweep.name}: {len(grid)} runs, {len(grid) - len(missing)} of them finished before")
-    failures = []
+    execute = executor(how)
+    books = [Books(sweep, path) for sweep, path in sweeps]
+    for each in books:
+        each.plan_further()
+        runs = len(each.grid)
+        console.print(f"{each.sweep.name}: {runs} runs, {runs - len(each.left())} of them finished before")
+    failures: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("runs", total=len(grid), completed=len(grid) - len(missing))
         try:
-            for run, outcome in execute(missing, jobs):
-                if FAILED in outcome:
-                    failures.append(f"{_name(run)}: {outcome[FAILED]}")
-                    progress.console.print(f"failed: {failures[-1]}")
-                    continue
-                results.add(run, outcome)
-                says = "diverged" if outcome["diverged"] is not None else f"{outcome['loss']:.4f}"
-                progress.console.print(f"{_name(run)}: {says} ({outcome['seconds']:.0f} s)")
-                progress.advance(task)
+            while _round(books, execute, jobs, failures, progress):
+                for each in books:
+                    each.plan_further()
         except KeyboardInterrupt:
-            failures.append("stopped; the same command goes on from here")
-    return failures
+            return [*failures.values(), "stopped; the same command goes on from here"]
+    return list(failures.values())
+
+
+def _round(books: list[Books], execute: Executor, jobs: int, failures: dict[str, str], progress: Progress) -> bool:
+    """Carry out all that is left and did not fail before; whether there was anything."""
+    _share(books)
+    stages = range(max(len(each.stages) for each in books))
+    waiting = {key: run for stage in stages for each in books for key, run in each.left(stage).items()}
+    for key in failures:
+        waiting.pop(key, None)
+    if not waiting:
+        return False
+    task = progress.add_task("runs", total=len(waiting))
+    noted: set[str] = set()
+    for run, outcome in execute(list(waiting.values()), jobs):
+        progress.advance(task)
+        if FAILED in outcome:
+            failures[run.key] = f"{_name(run)}: {outcome[FAILED]}"
+            progress.console.print(f"failed: {failures[run.key]}")
+            continue
+        for each in books:
+            if run.key in each.grid:
+                each.add(run, outcome)
+        says = "diverged" if outcome["diverged"] is not None else f"{outcome['loss']:.4f}"
+        progress.console.print(f"{_name(run)}: {says} ({outcome['seconds']:.0f} s)")
+        if (note := outcome.get("note")) and note not in noted:
+            progress.console.print(f"note: {note}")
+            noted.add(note)
+    return True
+
+
+def _share(books: list[Books]) -> None:
+    """Record in each sweep's file what another's holds already."""
+    for each in books:
+        for key, run in each.left().items():
+            for other in books:
+                if key in other.finished:
+                    each.finished[key] = each.results.add(run, other.finished[key])
+                    break
 
 
 def _name(run: Run) -> str:
-    return f"{run.parametrization} width {run.width} lr {run.lr:.4g} seed {run.seed}"
+    return f"{run.request.optimizer} {run.parametrization} width {run.width} lr {run.lr:.4g} seed {run.seed}"

@@ -83,8 +83,8 @@ def train(run: Run) -> dict[str, Any]:
     Returns:
         ``loss`` on what was not trained on, ``train_loss`` over the last tenth, both in nats per counted token (None
         after divergence); ``diverged``, the step where the loss stopped being a number, or None; ``losses``, fifty
-        means along the way; ``tokens``, ``parameters``, ``seconds``; ``graph``, whether steps were replayed as a CUDA
-        graph, and ``note``, why not where they should have been.
+        means along the way; ``tokens``, ``parameters``, ``seconds`` in all and ``step_seconds`` a step; ``graph``,
+        whether steps were replayed as a CUDA graph, and ``note``, why not where they should have been.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_flush_denormal(True)
@@ -98,7 +98,7 @@ def train(run: Run) -> dict[str, Any]:
     forward = torch.compile(model) if training.compile else model
     step, how = _step_of(model, forward, run, device)
     losses = torch.zeros(training.steps, device=device)
-    diverged = None
+    diverged, begun = None, time.perf_counter()
     for at, (tokens, targets) in enumerate(_ahead(batches(run.data, training, run.seed), training.steps, device)):
         losses[at].copy_(step(tokens, targets))
         if training.clip:
@@ -108,6 +108,7 @@ def train(run: Run) -> dict[str, Any]:
         if (at % CHECK == CHECK - 1 or at + 1 == training.steps) and not bool(losses[: at + 1].isfinite().all()):
             diverged = int((~losses[: at + 1].isfinite()).nonzero()[0])
             break
+    step_seconds = (time.perf_counter() - begun) / (at + 1)
     held_out = None if diverged is not None else _held_out(forward, run, device)
     if held_out is not None and not math.isfinite(held_out):
         diverged, held_out = training.steps, None
@@ -120,6 +121,7 @@ def train(run: Run) -> dict[str, Any]:
         "tokens": training.steps * training.batch * training.length,
         "parameters": parameters,
         "seconds": round(time.perf_counter() - start, 2),
+        "step_seconds": round(step_seconds, 5),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),  # whose library is the default text

@@ -67,6 +67,10 @@ def test_a_key_is_what_a_run_is(sweep: Sweep) -> None:
         ("widths = [16, 32]", "widths = [16, 16]", "not different"),
         ("widths = [16, 32]", "widths = []", r"widths cannot be \[\]"),
         ("[0.004, 0.016]", "[0.0, 0.016]", "must be positive"),
+        ("[training]", "[[grids]]\nwidths = [8]\n[training]", "width 8 of a grid is none of the sweep's"),
+        ("[training]", '[[grids]]\nparametrizations = ["ntk"]\n[training]', "parametrization ntk of a grid"),
+        ("[training]", "[variants.ours]\nregim = 'asymptotic'\n[training]", "regim"),
+        ("[training]", "[training]\ngraph = 1", "graph cannot be 1"),
         ("[training]", "[trainning]", r"no \[training\]"),
         ("[training]", "[training", "is not TOML"),
     ],
@@ -76,6 +80,34 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -
     (tmp_path / "sweep.toml").write_text(FILE.replace(old, new))
     with pytest.raises(DeriveError, match=says):
         read_sweep(tmp_path / "sweep.toml")
+
+
+def test_grids_are_parts_of_a_sweep(tmp_path: Path) -> None:
+    more = """
+    [variants.early]
+    regime = "practical"
+    fix = ["a_proj.init_std=-1/2"]
+    [variants.other]
+    options = ["qk_scale=d_k^-1/2"]
+    [[grids]]
+    widths = [16]
+    seeds = [0, 1]
+    [[grids]]
+    parametrizations = ["early", "other"]
+    learning_rates = [0.004]
+    """
+    text = FILE.replace('"liu-gu-2026", "widthwise"', '"early", "other"')
+    (tmp_path / "sweep.toml").write_text(text + more)
+    runs = list(read_sweep(tmp_path / "sweep.toml").runs())
+    at_base = [(run.parametrization, run.lr, run.seed) for run in runs if run.width == 16]
+    # Options make another model, with a base of its own; whatever else is changed, the base is the same.
+    assert sorted(at_base) == [
+        (name, lr, seed) for name in ("other", "standard") for lr in (0.004, 0.016) for seed in (0, 1)
+    ]
+    wider = {run.parametrization: run for run in runs if run.width == 32}
+    assert len(runs) - len(at_base) == len(wider) == 2
+    assert wider["early"].request.fix == ("a_proj.init_std=-1/2",)
+    assert wider["other"].request.options == ("qk_scale=d_k^-1/2",)
 
 
 def test_a_preset_that_there_is_not(sweep: Sweep) -> None:

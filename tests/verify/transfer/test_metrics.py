@@ -18,7 +18,7 @@ def entries(width: int, optimum: float, floor: float, *, name: str = "ours", see
             "sizes": {"width": 64},
             "lr": 2.0 ** (step / 2),
             "seed": seed,
-            "loss": floor + 0.1 * (step / 2 - optimum) ** 2 + 0.01 * seed,
+            "loss": floor + 0.1 * (step / 2 - optimum) ** 2 + 0.01 * seed + 0.003 * seed * (step / 2 - optimum),
             "diverged": None,
         }
         for step in range(-16, 1)
@@ -41,9 +41,28 @@ def test_shift_and_regret_are_those_of_transferring_from_the_base() -> None:
     assert found[64].sensitivity == pytest.approx(0.1)
 
 
-def test_errors_come_from_seeds() -> None:
+def test_errors_come_from_differences_seed_by_seed() -> None:
     found = {each.width: each for each in transfers(entries(64, -4, 2, seeds=3) + entries(256, -5, 2, seeds=3))}
-    assert found[256].error == pytest.approx(math.hypot(*[0.01 / 3**0.5] * 2))
+    assert found[256].error == pytest.approx(0.003 / 3**0.5)  # what seeds share is no error of the regret
+    assert found[64].error == 0
+
+
+def test_a_seed_that_was_not_finished_does_not_count() -> None:
+    rows = entries(64, -4, 2, seeds=2)
+    whole = [row for row in rows if row["seed"] == 0]
+    assert curves(rows[:-1]) == curves(whole)
+    assert curves(rows) != curves(whole)
+
+
+def test_a_sweep_cut_off_within_its_first_seed_has_the_part_that_there_is() -> None:
+    (curve,) = curves([row for row in entries(64, -4, 2, seeds=2) if (row["lr"] < 2**-3) != bool(row["seed"])])
+    assert max(curve.lrs) < 2**-3
+
+
+def test_another_model_has_a_base_of_its_own() -> None:
+    rows = entries(64, -4, 2) + entries(64, -3, 2, name="other") + entries(256, -3, 2, name="other")
+    found = {(each.parametrization, each.width): each for each in transfers(rows)}
+    assert found["other", 256].shift == pytest.approx(0)
 
 
 def test_divergence_counts_as_an_infinite_loss() -> None:

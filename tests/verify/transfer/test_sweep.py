@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -134,7 +135,7 @@ def test_results_that_are_none_are_refused(folder: Path) -> None:
 
 
 def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path, sweep: Sweep) -> None:
-    failures = carry_out(replace(sweep, data=str(folder / "nothing")), folder / "results.jsonl")
+    failures = carry_out([(replace(sweep, data=str(folder / "nothing")), folder / "results.jsonl")])
     assert len(failures) == 6
     assert "does not exist" in failures[0]
     assert not (folder / "results.jsonl").exists()
@@ -147,10 +148,48 @@ def test_short_memory_fails_one_run(folder: Path, sweep: Sweep, monkeypatch: pyt
         return {"loss": 1.0, "diverged": None, "seconds": 1.0}
 
     monkeypatch.setattr(train, "train", attempt)
-    failures = carry_out(sweep, folder / "results.jsonl")
+    failures = carry_out([(sweep, folder / "results.jsonl")])
     assert len(failures) == 2
     assert "out of memory: run fewer at a time" in failures[0]
     assert len(Results(folder / "results.jsonl").load()) == 4
+
+
+def test_sweeps_share_runs_and_each_has_its_own_results(
+    folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def attempt(run: Run) -> dict[str, Any]:
+        asked.append(run.key)
+        return {"loss": 1.0, "diverged": None, "seconds": 1.0}
+
+    monkeypatch.setattr(train, "train", attempt)
+    narrow = replace(sweep, parametrizations=("standard",))
+    files = folder / "one.jsonl", folder / "two.jsonl"
+    assert carry_out([(narrow, files[0])]) == []
+    assert carry_out([(narrow, files[0]), (sweep, files[1])]) == []
+    assert len(asked) == len(set(asked)) == 6
+    one, two = (Results(file).load() for file in files)
+    assert one.items() <= two.items()
+    assert (len(one), len(two)) == (4, 6)
+
+
+def test_optima_beyond_the_grid_are_looked_for(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to where they are, or as far as was allowed; the transferred learning rate is always among the rates run."""
+
+    def attempt(run: Run) -> dict[str, Any]:
+        at = math.log2(run.lr) + (2 if run.width == 16 else 9)  # optimum at 2^-2 at the base width, else at 2^-9
+        return {"loss": at**2, "diverged": None, "seconds": 1.0}
+
+    monkeypatch.setattr(train, "train", attempt)
+    wide = replace(sweep, parametrizations=("widthwise",), learning_rates=(2.0**-5, 2.0**-4), extend=3)
+    assert carry_out([(wide, folder / "results.jsonl")]) == []
+    entries = Results(folder / "results.jsonl").load().values()
+    rates = {width: sorted(math.log2(e["lr"]) for e in entries if e["width"] == width) for width in (16, 32)}
+    assert rates == {16: [-5, -4, -3, -2, -1], 32: [-8, -7, -6, -5, -4, -2]}
+    before = len(entries)
+    assert carry_out([(wide, folder / "results.jsonl")]) == []
+    assert len(Results(folder / "results.jsonl").load()) == before
 
 
 def test_divergence_is_recorded(sweep: Sweep) -> None:
