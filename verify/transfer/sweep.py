@@ -50,7 +50,8 @@ def carry_out(
 ) -> list[str]:
     """Run what the results file of each sweep does not hold yet; Ctrl-C stops, and the same command goes on.
 
-    First comes the first stage of every sweep, then the second of every sweep, and so on. A run that two of the sweeps have in common is carried out once, and recorded in the files of both.
+    First comes the first stage of every sweep, then the second of every sweep, and so on. A run that two of the sweeps
+    have in common is carried out once, and recorded in the files of both.
 
     Returns:
         What went wrong, by run; nothing where all grids are complete.
