@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from widthwise.derive.backward import Backward
 from widthwise.derive.exponents import HALF, ZERO, at_most, n_to
 from widthwise.derive.facts import ancestry
 from widthwise.derive.forward import Forward
 from widthwise.derive.graph import atoms, extent
+from widthwise.derive.ops.einsum import summed
 from widthwise.derive.ops.norm import divisor
 from widthwise.derive.ops.pointwise import NONLINEARITIES
 from widthwise.derive.ops.structure import factor
 from widthwise.derive.ops.weights import operator_norm
+from widthwise.derive.optimizers import Law
 from widthwise.derive.table import Finding, Rule
 from widthwise.derive.update import Update
 
@@ -130,6 +133,69 @@ def broken_bounds(walk: Forward) -> Iterator[Finding]:
         )
 
 
+def met_again(walk: Forward) -> Iterator[Finding]:
+    """A tied readout meets, in each token's own logit, the row that the token was read as: a sum of squares."""
+    for node in walk.graph.ordered:
+        if node.op != "linear" or node.attrs.get("base") != "fan_in":
+            continue
+        source, role = node.inputs
+        shared = any(flip.source == role for term in walk.states[source].init.terms for flip in term.odd)
+        if not shared or not any(reader.op == "embedding" for reader, _ in walk.graph.consumers(role)):
+            continue
+        carrier = str(node.attrs.get("carrier") or role)
+        excess = extent(atoms(walk.graph.shapes[role][-1:])) * HALF
+        base = n_to(excess).replace("n", "n_base", 1)
+        yield Finding(
+            "tied-readout",
+            carrier,
+            excess,
+            f"each token meets its own row of {role} in {node.output}, a coherent sum: with the usual base multiplier "
+            f"that one is {base} above the others, at every width. Sizes of gradients take weights and back-propagated "
+            "gradients as independent at initialization, which holds only while these are Θ(1)",
+            f"lower the base multiplier of {carrier} by {base}",
+        )
+
+
+def short_lived(walk: Backward, updates: Mapping[str, Update], law: Law) -> Iterator[Finding]:
+    """A gain shared along a growing axis sums what it scales times its gradient: incoherent at initialization. But the
+    first step of a linear map behind it, ΔW ∝ g xᵀ, sends back ΔWᵀg ∝ (gᵀg) x, which follows x itself, and so coheres
+    with everything that scales x (a norm between would take just that part away)."""
+    for node in walk.graph.ordered:
+        for role, other in (node.inputs, node.inputs[::-1]) if node.op == "einsum" else ():
+            reader = _linear_behind(walk.forward, node.output)
+            if role not in updates or reader is None or walk.assume.forward_backward != "symmetry":
+                continue
+            over = summed(node.shape, walk.graph.shapes[other], walk.graph.shapes[role])
+            gradient = walk.gradients[node.output]
+            gap = gradient.size + walk.trained(other).size + extent(over) - walk.gradients[role].size
+            update = updates[role]
+            late = replace(update.weight, gradient=update.weight.gradient + gap)
+            slower = law.step(update.weight).entry - law.step(late).entry
+            if slower != ZERO:
+                axes = ", ".join(map(str, over))
+                yield Finding(
+                    "early-branch",
+                    role,
+                    gap,
+                    f"∂L/∂{role} is summed over {axes} incoherently at initialization, which its lr {n_to(update.lr)} "
+                    f"rests on; from the first step of {reader} on it is coherent and {n_to(gap)} larger, because "
+                    f"gradients then follow what {reader} reads, which {role} scales with no norm between",
+                    f"lr {n_to(update.lr + slower)} for more than the first steps, as with --regime asymptotic",
+                )
+
+
+def _linear_behind(walk: Forward, tensor: str) -> str | None:
+    """The first weight of a linear map that reads a tensor, through nothing that would fix the tensor's scale."""
+    for reader, slot in walk.graph.consumers(tensor):
+        if reader.op == "linear":
+            return reader.inputs[1] if slot == 0 else None
+        if reader.op in ("einsum", "reshape", "scale", "add", *NONLINEARITIES) and reader.op != "softmax":
+            found = _linear_behind(walk, reader.output)
+            if found is not None:
+                return found
+    return None
+
+
 def wrong_steps(updates: Mapping[str, Update]) -> Iterator[Finding]:
     """A learning rate fixed by hand may move what it feeds by more than is tolerated, or by less and less."""
     for role, update in updates.items():
@@ -176,12 +242,12 @@ def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Fin
                 )
 
 
-def collect(walk: Backward, updates: Mapping[str, Update]) -> tuple[Finding, ...]:
+def collect(walk: Backward, updates: Mapping[str, Update], law: Law) -> tuple[Finding, ...]:
     """All findings of one derivation, in the order of the criteria, each once."""
     found: dict[tuple[str, str], Finding] = {}
-    for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, broken_bounds):
+    for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, met_again, broken_bounds):
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
-    for finding in (*wrong_steps(updates), *drifting_gradients(walk)):
+    for finding in (*wrong_steps(updates), *short_lived(walk, updates, law), *drifting_gradients(walk)):
         found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())

@@ -60,4 +60,6 @@ def _one_regime(graph: Graph, optimizer: str, assumed: Assumptions, fixed: Fixed
     backward = Backward(forward).run()
     updates = solve_updates(backward, law, fixed)
     rules = assemble(backward, law, updates)
-    return RuleTable.of(backward, optimizer, absorbed(backward, law, rules, gauge), collect(backward, updates), gauge)
+    return RuleTable.of(
+        backward, optimizer, absorbed(backward, law, rules, gauge), collect(backward, updates, law), gauge
+    )

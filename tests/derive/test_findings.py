@@ -1,0 +1,42 @@
+"""What the engine says against its own rules: sums that are incoherent only before the first step."""
+
+import pytest
+
+from widthwise.derive import RuleTable, architecture, derive
+from widthwise.derive.exponents import HALF, ZERO
+
+
+def found(table: RuleTable, kind: str) -> dict[str, str]:
+    return {each.where: each.message for each in table.findings if each.kind == kind}
+
+
+def test_a_gain_shared_by_growing_heads_leaves_the_early_branch_at_once() -> None:
+    graph = architecture("gated_deltanet", scaling="head-dim-fixed")
+    table = derive(graph, "sgd")
+    assert list(found(table, "early-branch")) == ["o_norm"]  # the gates act before a norm, which keeps them on it
+    assert "first step of o_proj" in found(table, "early-branch")["o_norm"]
+    (finding,) = (each for each in table.findings if each.kind == "early-branch")
+    past = derive(graph, "sgd", regime="asymptotic")
+    assert past.rule("o_norm").lr == ZERO != table.rule("o_norm").lr
+    assert finding.cure.startswith("lr n^0 ")  # what the asymptotic branch derives, by another way
+    assert finding.exponent == HALF
+    assert not found(past, "early-branch")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scaling"), [("adamw", "head-dim-fixed"), ("adafactor", "head-dim-fixed"), ("sgd", "heads-fixed")]
+)
+def test_no_rule_rests_on_it_where_steps_have_their_own_size_or_heads_do_not_grow(optimizer: str, scaling: str) -> None:
+    assert not found(derive(architecture("gated_deltanet", scaling=scaling), optimizer), "early-branch")
+
+
+def test_a_norm_behind_the_gain_takes_the_coherent_part_away() -> None:
+    """Mamba-2 norms all heads together: what a head's D scales passes that norm."""
+    assert not found(derive(architecture("mamba2", scaling="head-dim-fixed"), "sgd"), "early-branch")
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "transformer"])
+def test_a_tied_readout_meets_its_own_rows(name: str) -> None:
+    table = derive(architecture(name, tied=True), "adamw")
+    assert "own row of embed" in found(table, "tied-readout")["lm_head"]
+    assert not found(derive(architecture(name), "adamw"), "tied-readout")
