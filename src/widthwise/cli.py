@@ -219,6 +219,23 @@ def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int
 
 
 @cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--parametrization", default="widthwise", show_default=True, help="one of FILE's")
+@click.option("--width", type=int, help="(default: the largest of FILE)")
+@click.option("--lr", type=float, required=True, help="learning rate at the base width")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--strategy", default="ddp", show_default=True, help="under torchrun: ddp, or fsdp (FSDP2)")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="results to add the run to")
+def train(
+    file: Path, parametrization: str, width: int | None, lr: float, seed: int, strategy: str, output: Path | None
+) -> None:
+    """Train one model as FILE (of a sweep) says, at any learning rate; on many GPUs when torchrun starts this."""
+    with _torch():
+        from widthwise.verify.transfer.command import train_one
+    train_one(file, parametrization, width, lr, seed, strategy, output)
+
+
+@cli.command()
 @click.argument("results", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="picture (default: RESULTS.png)")
 @click.option("--markdown", is_flag=True, help="print the table for a page")

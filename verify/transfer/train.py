@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
+from widthwise.derive.errors import DeriveError
 from widthwise.verify.data import VOCABULARY, Corpus, corpus
 from widthwise.verify.loading import imported
 from widthwise.verify.transfer import mqar
 from widthwise.verify.transfer.config import Run, Training
 from widthwise.verify.transfer.step import Step, captured, eager, loss_of
+from widthwise.verify.transfer.team import ALONE, Team, description
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -46,12 +48,13 @@ def batches(data: str, training: Training, seed: int, *, split: str = "train") -
     return _corpus(data).batches(training.batch, training.length, seed, split=split)
 
 
-def build(run: Run, device: torch.device) -> tuple[nn.Module, list[dict[str, Any]], int]:
+def build(run: Run, device: torch.device, team: Team = ALONE) -> tuple[nn.Module, list[dict[str, Any]], int]:
     """The model of a run, the groups for its optimizer, its number of parameters."""
     rules, models = generated(run.request, "parametrization"), generated(run.request, "model")
     (cls,) = (value for name, value in vars(models).items() if name.endswith("LM"))  # the one class of the whole model
     sizes = cls.widened(run.width, **run.sizes)
     model: nn.Module = cls(**sizes, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device="meta")
+    team.sharded(model)
     model.to_empty(device=device)  # init_ draws all of it
     widths = {"width": run.width, "base_width": run.base_width}
     rules.init_(model, seed=run.seed, **widths)
@@ -77,42 +80,54 @@ def schedule(training: Training, step: int) -> float:
     return training.final + (1 - training.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Carry a run out.
+def train(run: Run, team: Team = ALONE) -> dict[str, Any]:
+    """Carry a run out; in a team, all its processes call this, and all have the same outcome.
 
     Returns:
         ``loss`` on what was not trained on, ``train_loss`` over the last tenth, both in nats per counted token (None
         after divergence); ``diverged``, the step where the loss stopped being a number, or None; ``losses``, fifty
         means along the way; ``tokens``, ``parameters``, ``seconds`` in all and ``step_seconds`` a step; ``graph``,
         whether steps were replayed as a CUDA graph, and ``note``, why not where they should have been.
+
+    Raises:
+        DeriveError: when a batch cannot be shared evenly, or data cannot be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = not run.training.bf16
     training = run.training
+    if training.batch % (training.accumulate * team.size):
+        raise DeriveError(
+            f"a batch of {training.batch} in {training.accumulate} parts has no even shares for {team.size} processes",
+            cure="make batch a multiple of both",
+        )
     start = time.perf_counter()
-    model, groups, parameters = build(run, device)
+    model, groups, parameters = build(run, device, team)
     optimizer = optimizer_of(run.request.optimizer, groups, training, device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(training, step))
-    forward = torch.compile(model) if training.compile else model
-    step, how = _step_of(model, forward, run, device)
+    forward = team.replicated(model)
+    forward = torch.compile(forward) if training.compile else forward  # type: ignore[assignment]
+    step, how = _step_of(model, forward, run, device, team)
     losses = torch.zeros(training.steps, device=device)
     diverged, begun = None, time.perf_counter()
-    for at, (tokens, targets) in enumerate(_ahead(batches(run.data, training, run.seed), training.steps, device)):
+    data = batches(run.data, training, run.seed)
+    for at, (tokens, targets) in enumerate(_ahead(data, training.steps, device, team)):
         losses[at].copy_(step(tokens, targets))
         if training.clip:
             nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         optimizer.step()
         scheduler.step()
-        if (at % CHECK == CHECK - 1 or at + 1 == training.steps) and not bool(losses[: at + 1].isfinite().all()):
-            diverged = int((~losses[: at + 1].isfinite()).nonzero()[0])
-            break
+        if at % CHECK == CHECK - 1 or at + 1 == training.steps:
+            known = team.mean(losses[: at + 1]).isfinite()
+            if not bool(known.all()):
+                diverged = int((~known).nonzero()[0])
+                break
     step_seconds = (time.perf_counter() - begun) / (at + 1)
-    held_out = None if diverged is not None else _held_out(forward, run, device)
+    held_out = None if diverged is not None else _held_out(forward, run, device, team)
     if held_out is not None and not math.isfinite(held_out):
         diverged, held_out = training.steps, None
-    curve = losses.cpu()
+    curve = team.mean(losses).cpu()
     return {
         "loss": held_out,
         "train_loss": None if diverged is not None else float(curve[-max(1, training.steps // 10) :].mean()),
@@ -126,13 +141,14 @@ def train(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),  # whose library is the default text
         **how,
+        **description(team),
     }
 
 
-def _step_of(model: nn.Module, forward: Any, run: Run, device: torch.device) -> tuple[Step, dict[str, Any]]:
+def _step_of(model: nn.Module, forward: Any, run: Run, device: torch.device, team: Team) -> tuple[Step, dict[str, Any]]:
     """The step, and how it is done. What cannot be captured is done as it comes, and the outcome says so."""
     step = eager(model, forward, run.training)
-    if device.type != "cuda" or not run.training.graph or run.training.compile:
+    if device.type != "cuda" or not run.training.graph or run.training.compile or team.size > 1:
         return step, {"graph": False}
     tokens, targets = next(batches(run.data, run.training, run.seed))
     try:
@@ -145,15 +161,17 @@ def _step_of(model: nn.Module, forward: Any, run: Run, device: torch.device) -> 
         return step, {"graph": False, "note": f"no CUDA graph, which is slower: {reason}"}
 
 
-def _ahead(data: Batches, steps: int, device: torch.device) -> Batches:
-    """So many batches, brought to the device in blocks: a step waits for no copy."""
+def _ahead(data: Batches, steps: int, device: torch.device, team: Team) -> Batches:
+    """So many batches, of each this process's rows, brought to the device in blocks: a step waits for no copy."""
     for start in range(0, steps, CHECK):
-        tokens, targets = zip(*itertools.islice(data, min(CHECK, steps - start)), strict=True)
-        yield from zip(torch.stack(tokens).to(device), torch.stack(targets).to(device), strict=True)
+        block = list(itertools.islice(data, min(CHECK, steps - start)))
+        tokens, targets = (torch.stack([team.rows(each) for each in part]) for part in zip(*block, strict=True))
+        yield from zip(tokens.to(device), targets.to(device), strict=True)
 
 
 @torch.no_grad()
-def _held_out(model: Any, run: Run, device: torch.device) -> float:
+def _held_out(model: Any, run: Run, device: torch.device, team: Team) -> float:
     """The loss on the same held-out batches for every run."""
-    data = _ahead(batches(run.data, run.training, 0, split="valid"), run.training.validation, device)
-    return float(torch.stack([loss_of(model, tokens, targets, run.training) for tokens, targets in data]).mean())
+    data = _ahead(batches(run.data, run.training, 0, split="valid"), run.training.validation, device, team)
+    losses = [loss_of(model, tokens, targets, run.training) for tokens, targets in data]
+    return float(team.mean(torch.stack(losses).mean()))
