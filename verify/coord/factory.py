@@ -243,12 +243,17 @@ class _Run:
                 loss = self.loss(self.model)
             else:
                 logits, loss = self._language(batch)
-                seen["logits"] = logits
+                seen[self._logits] = logits
         self.inputs = [*self.inputs[:1], inputs]
         for value in seen.values():
             if value.requires_grad:
                 value.retain_grad()
         return seen | {"loss": loss}
+
+    @property
+    def _logits(self) -> str:
+        """What the description calls the model's output: what its loss reads."""
+        return next((node.inputs[0] for node in self.subject.graph.nodes if node.op == "cross_entropy"), "logits")
 
     def _language(self, batch: Batch) -> tuple[Tensor, Tensor]:
         tables = [each for each in self.model.modules() if isinstance(each, nn.Embedding)]

@@ -162,11 +162,6 @@ def _check(graph: Graph, table: RuleTable) -> None:
             f"the rules are not for {graph.name}: they have none for {', '.join(missing)}",
             cure="derive them for this description",
         )
-    if table.gauge != "multiplier":
-        raise DeriveError(
-            "sizes of tensors are those of the multiplier gauge, and these rules are in the absorbed one",
-            cure="check the rules in the multiplier gauge",
-        )
     for rule in table.rules:
         for knob in KNOBS:
             if (value := getattr(rule, knob)) is not None and value.free_symbols:

@@ -61,6 +61,31 @@ def test_correct_models_pass(make: Callable[[int], Any]) -> None:
     }  # fmt: skip
 
 
+def test_rules_in_the_absorbed_gauge() -> None:
+    """Tensors have the sizes of the gauge that the rules are in; a class takes them as it is."""
+    from widthwise.codegen.render import render
+
+    request = Request("gated_deltanet", gauge="absorbed", tied=True)
+    graph = request.graph()
+    table = request.table(graph)
+    model, rules = imported(render(request, "model"), "tied_model"), imported(render(request), "absorbed_rules")
+
+    def make(width: int) -> nn.Module:
+        sizes = {"width": BASE, "depth": 1, "vocab": 32, "H": 2, "d_k": 32, "d_v": 32, "ffn": 64}
+        made: nn.Module = model.GatedDeltaNetLM(**model.GatedDeltaNetLM.widened(width, **sizes))
+        seed = torch.initial_seed() % 2**31
+        rules.init_(made, width=width, base_width=BASE, seed=seed, norm_eps=1e-12)
+        return made
+
+    predicted = {each.key: each for each in predictions(graph, table)}
+    assert predicted["weight", "norm"].exponent == -1.0  # it has taken the readout's multiplier
+    report = coordinate_check(
+        Factory("own:make", make, graph, table, BASE), tuple(predicted.values()), WIDTHS, seeds=range(4), steps=1
+    )
+    assert report.passed, report.findings
+    assert any(each.name == "logits" for each in report.results)
+
+
 def test_one_learning_rate_for_all_fails() -> None:
     report = check(partial(with_optimizer, wrong=True), seeds=2)
     assert any(
