@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -17,23 +19,23 @@ class Curve:
     parametrization: str
     width: int
     lrs: tuple[float, ...]
-    by_seed: tuple[tuple[float, ...], ...]  # a row a seed, in which every learning rate has its loss
+    by_seed: Mapping[int, tuple[float, ...]]  # every seed has a loss at every learning rate
 
     @property
     def losses(self) -> tuple[float, ...]:
-        return tuple(mean(column) for column in zip(*self.by_seed, strict=True))
+        return tuple(mean(column) for column in zip(*self.by_seed.values(), strict=True))
 
     @property
     def errors(self) -> tuple[float, ...]:
         """Standard errors of the losses over seeds; NaN for a single one."""
-        return tuple(standard_error(column) for column in zip(*self.by_seed, strict=True))
+        return tuple(standard_error(column) for column in zip(*self.by_seed.values(), strict=True))
 
     def rise(self, index: int) -> tuple[float, float]:
         """The loss at a learning rate less the lowest one, and the standard error of that over seeds: equal seeds
         have equal data and draws, so that differences are taken seed by seed."""
         if index == self.best:
             return 0.0, 0.0
-        differences = [row[index] - row[self.best] for row in self.by_seed]
+        differences = [row[index] - row[self.best] for row in self.by_seed.values()]
         return self.losses[index] - self.losses[self.best], standard_error(differences)
 
     @property
@@ -47,15 +49,24 @@ class Curve:
 
     @property
     def optimum(self) -> float:
-        """log2 of the best learning rate: the vertex of the parabola through the lowest point and its neighbours."""
+        """log2 of the best learning rate: the vertex of the parabola that fits the points within an octave of the
+        lowest one best, if it has one among them; else that point."""
         at = [math.log2(lr) for lr in self.lrs]
-        best = self.best
-        if self.at_edge or not all(map(math.isfinite, self.losses[best - 1 : best + 2])):
-            return at[best]
-        (x0, x1, x2), (y0, y1, y2) = at[best - 1 : best + 2], self.losses[best - 1 : best + 2]
-        left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-        bend = (right - left) / (x2 - x0)
-        return x1 if bend <= 0 else (x0 + x1) / 2 - left / (2 * bend)
+        best = at[self.best]
+        near = [(x, y) for x, y in zip(at, self.losses, strict=True) if abs(x - best) < 1.01 and math.isfinite(y)]
+        x = torch.tensor([x - best for x, _ in near], dtype=torch.float64)
+        y = torch.tensor([y for _, y in near], dtype=torch.float64)
+        if not (x.min() < 0 < x.max()):
+            return best
+        powers = torch.stack([torch.ones_like(x), x, x.square()], 1)
+        _, slope, bend = map(float, torch.linalg.lstsq(powers, y[:, None]).solution)
+        if bend <= 0 or not float(x.min()) < -slope / (2 * bend) < float(x.max()):
+            return best
+        return best - slope / (2 * bend)
+
+    def alone(self, seed: int) -> Curve:
+        """The curve of one of its seeds."""
+        return replace(self, by_seed={seed: self.by_seed[seed]})
 
     def at(self, lr: float) -> float:
         """The loss at a learning rate of the grid."""
@@ -65,16 +76,17 @@ class Curve:
 @dataclass(frozen=True)
 class Transfer:
     """From the base width to another: ``shift`` of the optimum in octaves, ``regret`` in nats (the loss at the base
-    width's best learning rate, less the best of the grid) with its standard error, ``sensitivity`` (the rise of the
-    loss one octave off the optimum, the mean of both sides)."""
+    width's best learning rate, less the best of the grid), both with standard errors over seeds, NaN where there is
+    one; ``sensitivity`` (the rise of the loss one octave off the optimum, the mean of both sides)."""
 
     parametrization: str
     width: int
     best_lr: float
     best_loss: float
     shift: float
+    shift_error: float
     regret: float
-    error: float
+    regret_error: float
     sensitivity: float
     at_edge: bool
     diverged: int
@@ -109,7 +121,8 @@ def _curve(name: str, width: int, by_lr: Mapping[float, Mapping[int, float]]) ->
         seeds = [seed for lr in lrs for seed in by_lr[lr]]
         everywhere = {max(sorted(set(seeds)), key=seeds.count)}
         lrs = [lr for lr in lrs if everywhere <= set(by_lr[lr])]
-    return Curve(name, width, tuple(lrs), tuple(tuple(by_lr[lr][seed] for lr in lrs) for seed in sorted(everywhere)))
+    by_seed = {seed: tuple(by_lr[lr][seed] for lr in lrs) for seed in sorted(everywhere)}
+    return Curve(name, width, tuple(lrs), by_seed)
 
 
 def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
@@ -132,6 +145,7 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                     curve.lrs[best],
                     curve.losses[best],
                     curve.optimum - base.optimum,
+                    _shift_error(curve, base),
                     regret,
                     error,
                     _sensitivity(curve),
@@ -140,6 +154,13 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                 )
             )
     return found
+
+
+def _shift_error(curve: Curve, base: Curve) -> float:
+    if curve is base:
+        return 0.0
+    common = curve.by_seed.keys() & base.by_seed.keys()
+    return standard_error([curve.alone(seed).optimum - base.alone(seed).optimum for seed in sorted(common)])
 
 
 def _sensitivity(curve: Curve) -> float:

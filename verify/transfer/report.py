@@ -22,16 +22,19 @@ def rows(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def _row(each: Transfer) -> tuple[str, ...]:
     edge = " (edge)" if each.at_edge else ""
-    error = f" ± {each.error:.4f}" if each.error > 0 else ""
     return (
         each.parametrization,
         str(each.width),
         f"{each.best_lr:.4g}{edge}",
         f"{each.best_loss:.4f}",
-        f"{each.shift:+.2f}",
-        "diverged" if math.isinf(each.regret) else f"{each.regret:.4f}{error}",
+        f"{each.shift:+.2f}{_error(each.shift_error, 2)}",
+        "diverged" if math.isinf(each.regret) else f"{each.regret:.4f}{_error(each.regret_error, 4)}",
         "·" if math.isnan(each.sensitivity) else f"{each.sensitivity:.4f}",
     )
+
+
+def _error(value: float, digits: int) -> str:
+    return f" ± {value:.{digits}f}" if value > 0 else ""
 
 
 def table(entries: Iterable[Mapping[str, Any]]) -> Table:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
-from widthwise.codegen.request import Request
-from widthwise.verify.transfer import step, train
-from widthwise.verify.transfer.config import Run, Training
+torch = pytest.importorskip("torch")
+from widthwise.codegen.request import Request  # noqa: E402
+from widthwise.verify.transfer import execute, step, train  # noqa: E402
+from widthwise.verify.transfer.config import Run, Training  # noqa: E402
 
 TRAINING = Training(steps=60, batch=4, length=128, warmup=6, bf16=True, validation=2)
 
@@ -53,6 +53,20 @@ def test_what_cannot_be_captured_is_said_and_done_as_it_comes(monkeypatch: pytes
     assert "no CUDA graph" in outcome["note"]
     monkeypatch.undo()
     assert outcome["loss"] == pytest.approx(train.train(run(graph=False))["loss"], abs=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, False])
+def test_short_memory_fails_a_run_and_not_the_next(graph: bool) -> None:
+    small = run(steps=4, graph=graph)
+    assert "loss" in execute.attempt(small)
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        outcome = execute.attempt(replace(small, width=4096))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory: run fewer at a time" in outcome[execute.FAILED]
+    assert execute.attempt(small)["graph"] is graph
 
 
 @pytest.mark.gpu

@@ -87,10 +87,11 @@ def test_equal_runs_have_equal_losses_and_the_base_width_is_common(sweep: Sweep)
     assert one != train.train(replace(at_base, seed=1))["loss"]
 
 
-def test_a_killed_sweep_goes_on(folder: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_sweep_goes_on(folder: Path, jobs: int) -> None:
     text = (folder / "sweep.toml").read_text().replace("steps = 4", "steps = 40")
     (folder / "sweep.toml").write_text(text)
-    command = [sys.executable, "-m", "widthwise", "sweep", str(folder / "sweep.toml")]
+    command = [sys.executable, "-m", "widthwise", "sweep", str(folder / "sweep.toml"), "--jobs", str(jobs)]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL)
     results = folder / "sweep.jsonl"
     until = time.monotonic() + 120
