@@ -66,6 +66,7 @@ class Emitted(Described):
             width=width,
             base_width=self.base,
             seed=mixed(seed, "init"),
+            norm_eps=self.norm_eps,
             base_multipliers=base,
             device=self.device,
         )

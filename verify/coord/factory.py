@@ -227,9 +227,8 @@ class _Run:
         for role, (name, _) in self.named.items():
             path, _, attribute = name.rpartition(".")
             makers = [node for node, _ in graph.consumers(role)]
-            plainly = (
-                len(makers) == 1 and not self.subject.table.rule(role).multiplier and not makers[0].attrs.get("carrier")
-            )
+            scaled = self.subject.table.gauge == "multiplier" and makers[0].attrs.get("carrier")
+            plainly = len(makers) == 1 and not self.subject.table.rule(role).multiplier and not scaled
             alone = self._rows(role) is None or _splits(modules[path])
             if plainly and alone and attribute == "weight" and not list(modules[path].children()):
                 found[role] = (modules[path], attribute, makers[0].output)

@@ -16,10 +16,13 @@ from widthwise.derive.exponents import ONE, ZERO, n_to
 from widthwise.derive.forward import Forward, walk_forward
 from widthwise.derive.laws import ZEROS
 from widthwise.derive.ops.registry import lookup
-from widthwise.derive.optimizers import Weight
+from widthwise.derive.optimizers import Law, Weight
 from widthwise.derive.optimizers import optimizer as law_of
+from widthwise.derive.solve import STEP
 from widthwise.derive.table import KNOBS
 from widthwise.derive.update import solve_updates, weight_of
+
+PASSES = 3  # from gradients to steps and back, after which sizes under correct rules have settled
 
 Kind = Literal["forward", "gradient", "weight", "weight gradient", "step", "own step", "upstream", "change"]
 
@@ -88,9 +91,14 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
         for knob in ("init_std", "multiplier", "lr")
         if (value := getattr(rule, knob)) is not None and (knob != "multiplier" or _has_multiplier(graph, rule.role))
     }
-    walk = Backward(walk_forward(graph, assumed or _assumed(table), fixed)).run()
-    start = Backward(_untrained(walk.forward)).run()
+    assumed = assumed or _assumed(table)
+    walk = Backward(walk_forward(graph, assumed, fixed)).run()
     updates = solve_updates(walk, law, fixed)
+    bounds = {role: update.bounds for role, update in updates.items()}
+    if table.gauge != "multiplier":
+        walk = _as_stepped(walk, law, fixed)
+        updates = solve_updates(walk, law, fixed)
+    start = Backward(_untrained(walk.forward)).run()
     at_start = solve_updates(start, law, fixed)
     found: list[Prediction] = []
     for name in graph.named:
@@ -112,7 +120,7 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
         followed = walk.gradients[role].size if follows_gradient(table.optimizer) else ZERO
         found.append(Prediction("step", role, _number(update.lr + entry - followed)))
         for tensor, effect, first, tolerated in zip(
-            _uses(graph, role), update.effects, at_start[role].effects, update.bounds, strict=True
+            _uses(graph, role), update.effects, at_start[role].effects, bounds[role], strict=True
         ):
             size, least, limit = (
                 _number(each) for each in (update.lr + effect.value, update.lr + first.value, tolerated)
@@ -129,6 +137,24 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
 def _untrained(forward: Forward) -> Forward:
     """The same walk with nothing changed by training, so that trained sizes are initial ones."""
     return replace(forward, states={name: replace(state, changes=()) for name, state in forward.states.items()})
+
+
+def _as_stepped(walk: Backward, law: Law, fixed: Mapping[tuple[str, str], Expr]) -> Backward:
+    """The walk with every step as large as its learning rate makes it, rather than as what it feeds would tolerate:
+    behind a multiplier that was moved, a tensor has a scale of its own, which no tolerance of the graph knows.
+
+    Each pass takes the gradients that the pass before has led to, the first those of initial sizes.
+    """
+    found = walk
+    gradients = Backward(_untrained(walk.forward)).run()
+    for _ in range(PASSES):
+        steps = {
+            (STEP, f"{role}@{tensor}"): update.lr + effect.value
+            for role, update in solve_updates(gradients, law, fixed).items()
+            for tensor, effect in zip(_uses(walk.graph, role), update.effects, strict=True)
+        }
+        found = gradients = Backward(walk_forward(walk.graph, walk.assume, {**fixed, **steps})).run()
+    return found
 
 
 def _uses(graph: Graph, role: str) -> Iterator[str]:

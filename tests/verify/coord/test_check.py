@@ -13,7 +13,7 @@ from sympy import Rational
 
 from widthwise.cli import cli
 from widthwise.codegen.request import Request
-from widthwise.derive import DeriveError, Graph, RuleTable
+from widthwise.derive import DeriveError, Graph, RuleTable, architecture, derive
 from widthwise.verify.coord import files, show
 from widthwise.verify.coord.alignment import align, obeys
 from widthwise.verify.coord.check import Report, coordinate_check
@@ -130,6 +130,24 @@ def test_rules_for_another_graph_are_refused() -> None:
     _, graph, table = derived()
     with pytest.raises(DeriveError, match="none for"):
         predictions(graph, replace(table, rules=table.rules[1:]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_absorbing_a_multiplier_moves_only_what_lies_between(optimizer: str, tied: bool) -> None:
+    graph = architecture("gated_deltanet", tied=tied)
+    here, there = (
+        {each.key: each.exponent for each in predictions(graph, derive(graph, optimizer, gauge=gauge))}
+        for gauge in ("multiplier", "absorbed")
+    )
+    moved = {key: there[key] - here[key] for key in here if there[key] != here[key]}
+    owner, lr = ("norm" if tied else "lm_head"), (-1.0 if optimizer == "adamw" else -2.0)
+    expected = {("weight", owner): -1.0, ("weight gradient", owner): 1.0, ("step", owner): lr}
+    if tied:  # into the final norm's gain, so that its output, too, is n times smaller
+        expected |= {("own step", owner): -1.0, ("forward", "x_final"): -1.0, ("gradient", "x_final"): 1.0}
+        expected |= {("change", "x_final"): -1.0}
+    scaled = {("forward", "o_scaled"): -0.5, ("gradient", "o_scaled"): 0.5, ("change", "o_scaled"): -0.5}
+    assert moved == expected | scaled  # the multiplier in front of the output norm goes into that norm's eps
 
 
 def test_interruption_keeps_whole_seeds() -> None:

@@ -21,20 +21,22 @@ WIDTHS, BASE = (64, 128, 256), 64
 
 
 @cache
-def generated() -> tuple[Any, Any, Graph, RuleTable]:
+def generated(gauge: str = "multiplier", tied: bool = False) -> tuple[Any, Any, Graph, RuleTable]:
     from widthwise.codegen.render import render
 
-    request = Request("gated_deltanet")
+    request = Request("gated_deltanet", gauge=gauge, tied=tied)
     graph = request.graph()
     modules = imported(render(request, "model"), "own_model"), imported(render(request), "own_rules")
     return *modules, graph, request.table(graph)
 
 
-def make_model(width: int) -> nn.Module:
-    model, rules, _, _ = generated()
+def make_model(width: int, gauge: str = "multiplier", tied: bool = False) -> nn.Module:
+    model, rules, _, _ = generated(gauge, tied)
     sizes = {"width": BASE, "depth": 1, "vocab": 32, "H": 2, "d_k": 32, "d_v": 32, "ffn": 64}
     made: nn.Module = model.GatedDeltaNetLM(**model.GatedDeltaNetLM.widened(width, **sizes), norm_eps=1e-12)
-    rules.init_(made, width=width, base_width=BASE, seed=torch.initial_seed() % 2**31)
+    rules.init_(made, width=width, base_width=BASE, seed=torch.initial_seed() % 2**31, norm_eps=1e-12)
+    if tied:
+        made.lm_head_multiplier /= BASE**0.5  # see the finding tied-readout
     return made
 
 
@@ -46,8 +48,8 @@ def with_optimizer(width: int, wrong: bool = False) -> tuple[nn.Module, torch.op
     return model, torch.optim.AdamW(groups)
 
 
-def check(make: Callable[[int], Any], seeds: int = 3) -> Report:
-    _, _, graph, table = generated()
+def check(make: Callable[[int], Any], seeds: int = 3, gauge: str = "multiplier", tied: bool = False) -> Report:
+    _, _, graph, table = generated(gauge, tied)
     factory = Factory("own:make", make, graph, table, BASE)
     return coordinate_check(factory, predictions(graph, table), WIDTHS, seeds=range(seeds), steps=1)
 
@@ -91,6 +93,19 @@ def test_one_learning_rate_for_all_fails() -> None:
     assert any(
         line.startswith("q_proj steps as n^-0.00") or "q_proj steps as n^0.00" in line for line in report.findings
     )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rules_in_the_absorbed_gauge(tied: bool) -> None:
+    """Nothing is multiplied outside of the layers, so the readout's output is seen too where a layer makes it."""
+    report = check(partial(make_model, gauge="absorbed", tied=tied), 8, gauge="absorbed", tied=tied)
+    assert report.passed, report.findings
+    moved = "norm" if tied else "lm_head"  # what took in the multiplier n^-1 of the logits
+    slopes = {(each.kind, each.name): each.slope.value for each in report.results}
+    assert slopes["weight", moved] == pytest.approx(-1, abs=0.05)
+    assert ("own step", "lm_head in logits") in slopes or tied
+    mixed_up = check(partial(make_model, tied=tied), 2, gauge="absorbed", tied=tied)
+    assert any(f"{moved} is drawn as n^0.00 where n^-1.00" in line for line in mixed_up.findings), mixed_up.findings
 
 
 def test_hooks_are_removed() -> None:
