@@ -96,7 +96,7 @@ def test_one_learning_rate_for_all_fails() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rules_in_the_absorbed_gauge(tied: bool) -> None:
+def test_layers_that_absorbed_a_multiplier(tied: bool) -> None:
     """Nothing is multiplied outside of the layers, so the readout's output is seen too where a layer makes it."""
     report = check(partial(make_model, gauge="absorbed", tied=tied), 8, gauge="absorbed", tied=tied)
     assert report.passed, report.findings
