@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import full_size_models  # noqa: E402
+import full_size_models
 
 SCRIPT = """
 import json, resource, sys, time
