@@ -50,6 +50,15 @@ def described_by(rules: Path, description: str | None) -> tuple[Graph, RuleTable
     return Request(description or table.architecture, options=options).graph(), table
 
 
+@contextmanager
+def theirs(what: str, cure: str = "mend it") -> Iterator[None]:
+    """Somebody else's code, which may raise anything: theirs to read, and no traceback of ours."""
+    try:
+        yield
+    except Exception as error:
+        raise DeriveError(f"{what} failed: {type(error).__name__}: {error}", cure=cure) from error
+
+
 @dataclass(frozen=True)
 class Factory:
     """Makes models with ``make(width)``, under a global seed that is the same for all widths.
@@ -80,12 +89,8 @@ class Factory:
         module, _, function = name.partition(":")
         sys.path.insert(0, "")
         try:
-            found = getattr(importlib.import_module(module), function)
-        except Exception as error:  # whatever somebody else's code raises is their mistake to read
-            raise DeriveError(
-                f"{name} could not be imported: {type(error).__name__}: {error}",
-                cure="give package.module:function, importable from here",
-            ) from None
+            with theirs(f"importing {name}", "give package.module:function, importable from here"):
+                found = getattr(importlib.import_module(module), function)
         finally:
             sys.path.remove("")
         return cls(name, found, graph, table, base, lr, device)
@@ -98,12 +103,8 @@ class Factory:
 
     def make(self, width: int, seed: int) -> Model:
         torch.manual_seed(mixed(seed, "factory") % 2**63)
-        try:
+        with theirs(f"{self.name}({width})"):
             made = self.factory(width)
-        except Exception as error:
-            raise DeriveError(
-                f"{self.name}({width}) failed: {type(error).__name__}: {error}", cure="mend it"
-            ) from error
         parts = made if isinstance(made, tuple) else (made,)
         model, optimizer, loss = (*parts, None, None)[:3]
         if not isinstance(model, nn.Module):
@@ -239,7 +240,12 @@ class _Run:
         inputs: dict[str, tuple[Any, ...]] = {}
         with self._watched(seen, inputs):
             if self.loss is not None:
-                loss = self.loss(self.model)
+                with theirs(f"the loss of {self.subject.name}({self.width})"):
+                    loss = self.loss(self.model)
+                if not isinstance(loss, Tensor) or loss.dim():
+                    raise DeriveError(
+                        f"the loss of {self.subject.name} is {_kind(loss)}", cure="let it return a scalar tensor"
+                    )
             else:
                 logits, loss = self._language(batch)
                 seen[self._logits] = logits
@@ -263,7 +269,8 @@ class _Run:
                 cure="let the factory return (model, optimizer, loss), with loss(model) on a batch of yours",
             )
         size = tables[0].num_embeddings
-        out = self.model((batch["tokens"] * size).long())
+        with theirs(f"the model of {self.subject.name}({self.width}), given tokens,"):
+            out = self.model((batch["tokens"] * size).long())
         logits = getattr(out, "logits", out[0] if isinstance(out, tuple) else out)
         if not isinstance(logits, Tensor):
             raise DeriveError(
@@ -328,6 +335,10 @@ def _called(module: nn.Module, attribute: str, weight: Tensor, inputs: tuple[Any
         out = torch.func.functional_call(module, state, inputs)
     value: Tensor = out[0] if isinstance(out, tuple) else out
     return value
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def plain(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, isfinite, log, sqrt
@@ -192,7 +193,33 @@ def _one(model: Model, batch: Batch, steps: int, look: _Look) -> None:
             for role, value in model.parameters.items():
                 if value.grad is not None:
                     look.at("weight gradient", role, step, value.grad)
-        model.optimizer.step()
+        _step(model, batch)
+
+
+def _step(model: Model, batch: Batch) -> None:
+    """One step; an optimizer that evaluates the loss itself (LBFGS) is given a way to.
+
+    Raises:
+        DeriveError: when the optimizer does.
+    """
+
+    def evaluate() -> Tensor:
+        model.optimizer.zero_grad(set_to_none=True)
+        loss = model.forward(batch)["loss"]
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    closure = inspect.signature(model.optimizer.step).parameters.get("closure")
+    try:
+        if closure is not None and closure.default is closure.empty:
+            model.optimizer.step(evaluate)  # type: ignore[arg-type]
+        else:
+            model.optimizer.step()
+    except Exception as error:  # an optimizer of somebody's, which may raise anything
+        raise DeriveError(
+            f"{type(model.optimizer).__name__}.step() failed: {type(error).__name__}: {error}",
+            cure="give an optimizer that can take a step of this model",
+        ) from error
 
 
 def _uncancelled(gradient: Tensor) -> Tensor:

@@ -159,5 +159,5 @@ def test_rules_say_which_graph_they_are_about(tmp_path: Path) -> None:
     read_graph, read_table = described_by(file, None)
     assert read_table == table
     assert read_graph.named == graph.named
-    with pytest.raises(DeriveError, match="could not be imported"):
+    with pytest.raises(DeriveError, match=r"importing no\.such:thing failed: ModuleNotFoundError"):
         Factory.imported("no.such:thing", graph, table, BASE)
