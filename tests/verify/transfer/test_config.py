@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer.config import Sweep, read_sweep
 
+SWEEPS = Path(__file__).parents[3] / "bench" / "transfer"
 FILE = """
 name = "try"
 architecture = "gated_deltanet"
@@ -118,3 +119,13 @@ def test_a_preset_that_there_is_not(sweep: Sweep) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DeriveError, match="cannot read"):
         read_sweep(tmp_path / "sweep.toml")
+
+
+@pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
+def test_committed_sweeps_say_what_can_be_run(file: Path) -> None:
+    sweep = read_sweep(file)
+    runs = list(sweep.runs())
+    assert {run.width for run in runs} == set(sweep.widths)
+    for width in sweep.widths:  # at least seven learning rates a curve, the largest models of ablations aside
+        rates = {run.lr for run in runs if run.width == width and run.parametrization == sweep.parametrizations[0]}
+        assert len(rates) >= (5 if file.stem == "ablations" else 7)
