@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-# K, V: fp32 walks have two stages up to K = 64 and one above; 16 bit three, and two above K = 128.
-WIDTHS = {torch.float32: [(24, 48), (128, 128), (256, 512)], torch.bfloat16: [(32, 64), (128, 128), (192, 384)]}
+# K, V: fp32 walks have two stages up to K = 64 and one above; 16 bit three, and two above K = 128. What is no multiple
+# of 8 the copy engine does not take, and leaves blocks of K and V in part empty.
+WIDTHS = {
+    torch.float32: [(24, 48), (20, 20), (128, 128), (256, 512)],
+    torch.bfloat16: [(32, 64), (20, 20), (33, 77), (130, 24), (128, 128), (192, 384)],
+}
 SUMMARY = {"memcheck": "ERROR SUMMARY: 0 errors", "racecheck": "RACECHECK SUMMARY: 0 hazards"}
 LENGTHS = [0, 0, 1, 64, 130]
 
@@ -51,11 +55,19 @@ def main(dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
     def on_gpu(x):
         return None if x is None else x.cuda()
 
-    for options in ({}, {"cu": LENGTHS}):
+    def cut(x, offset):
+        """``x`` as it lies in a wider projection, at the very end of its memory."""
+        wide = torch.zeros(*x.shape[:-1], x.shape[-1] + offset, dtype=dtype, device="cuda")
+        wide[..., offset:] = x
+        return wide[..., offset:]
+
+    for options, offset in (({}, 0), ({}, 3), ({}, 8), ({"cu": LENGTHS}, 0), ({"cu": LENGTHS}, 5)):
         inputs, initial, grads, cu = test_triton.draw(
             1, LENGTHS[-1], 1, 2, key_dim, value_dim, dtype, device="cpu", **options
         )
         inputs, grads, initial = tuple(map(on_gpu, inputs)), tuple(map(on_gpu, grads)), on_gpu(initial)
+        if offset:
+            inputs = (*(cut(x, offset) for x in inputs[:3]), *inputs[3:])
         test_triton.ours(inputs, initial, grads, on_gpu(cu))
     q, k, v, g, beta = (x[:, 0] for x in inputs)
     gated_delta_rule_step(q, k, v, g, beta, initial[:1], normalize_qk=True)
