@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -88,12 +89,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """A part of a sweep that is denser or sparser than the rest; what it does not say is as in the sweep."""
+    """A part of a sweep that is denser or sparser than the rest; what it does not say is as in the sweep.
+
+    With ``around``, only learning rates within so many octaves of the best one at the base width, on either side:
+    such runs are known when the base width's are finished.
+    """
 
     parametrizations: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
     learning_rates: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
+    around: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +124,9 @@ class Sweep:
     grids: tuple[Grid, ...] = ()  # instead of the product of the above; the important ones first
     extend: int = 0  # learning rates that may be added at either end of a curve whose lowest loss is there
 
-    def stages(self) -> list[list[Run]]:
-        """The runs of each grid, small models first; those of earlier grids are not repeated.
+    def stages(self, tuned: Mapping[str, float] | None = None) -> list[list[Run]]:
+        """The runs of each grid, small models first; those of earlier grids are not repeated. ``tuned`` holds the best
+        learning rate at the base width by parametrization, where it is known.
 
         Raises:
             DeriveError: for a parametrization that there is not.
@@ -133,25 +140,32 @@ class Sweep:
                 grid.learning_rates or self.learning_rates,
                 grid.seeds or self.seeds,
             )
-            new = {run.key: run for run in itertools.starmap(self.run, points) if run.key not in made}
+            near = (point for point in points if self._near(grid, point[0], point[2], tuned or {}))
+            new = {run.key: run for run in itertools.starmap(self.run, near) if run.key not in made}
             made |= new
             stages.append(sorted(new.values(), key=lambda run: run.order))
         return stages
 
+    def _near(self, grid: Grid, name: str, lr: float, tuned: Mapping[str, float]) -> bool:
+        if grid.around is None:
+            return True
+        return name in tuned and abs(math.log2(lr / tuned[name])) < grid.around + 0.01
+
     def runs(self) -> Iterator[Run]:
-        """All runs, stage by stage."""
+        """All runs, stage by stage, but for those that wait for results."""
         return itertools.chain.from_iterable(self.stages())
 
     def run(self, name: str, width: int, lr: float, seed: int) -> Run:
-        """One of the runs. At the base width parametrizations of one model are the same, and go by the first's name.
+        """One of the runs. At the base width parametrizations of one model are the same and go by the first one's name;
+        a model is another where the architecture's options are.
 
         Raises:
             DeriveError: for a parametrization that there is not.
         """
-        first = self.parametrizations[0]
-        if width == self.base_width and self._request(name).options == self._request(first).options:
-            name = first
         request = self._request(name)
+        if width == self.base_width:
+            name = next(each for each in self.parametrizations if self._request(each).options == request.options)
+            request = self._request(name)
         base = width if name == STANDARD else self.base_width
         sizes = dict(self.sizes) | {"width": self.base_width}
         return Run(name, width, lr, seed, request, base, sizes, self.training, self.data, _hash(request))
@@ -213,6 +227,8 @@ def _check(sweep: Sweep, path: Path) -> None:
         )
     if min(sweep.learning_rates + tuple(lr for grid in sweep.grids for lr in grid.learning_rates)) <= 0:
         raise DeriveError(f"{path}: learning rates must be positive", cure="correct them")
+    if sweep.grids and all(grid.around is not None for grid in sweep.grids):
+        raise DeriveError(f"{path}: no grid begins, as all of them wait for another", cure="give the base width one")
     for grid in sweep.grids:
         stray = [f"width {each}" for each in grid.widths if each not in sweep.widths]
         stray += [f"parametrization {each}" for each in grid.parametrizations if each not in sweep.parametrizations]

@@ -1,24 +1,38 @@
-"""What a finished grid leaves open: optima beyond its ends, and the transferred learning rate where it was not run."""
+"""What results say of runs to add: where the base width's optimum is, and which optima lie beyond a grid's ends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from widthwise.verify.transfer.config import Run, Sweep
 from widthwise.verify.transfer.metrics import Curve, curves
 
 
-def further(sweep: Sweep, entries: Iterable[Mapping[str, Any]]) -> Iterator[Run]:
-    """Runs to add to those of the grid, given its results; none where ``sweep.extend`` is 0.
+def tuned_rates(sweep: Sweep, finished: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The best learning rate at the base width by parametrization, for the first seed, where its runs are finished."""
+    seed = sweep.seeds[0]
+    base = [run for run in sweep.runs() if (run.width, run.seed) == (sweep.base_width, seed)]
+    ready = {run.parametrization for run in base} - {run.parametrization for run in base if run.key not in finished}
+    tuned = {}
+    for name in sweep.parametrizations:
+        kin = sweep.run(name, sweep.base_width, 1.0, seed).parametrization
+        own = [finished[run.key] for run in base if run.parametrization == kin and kin in ready]
+        if any(entry["loss"] is not None for entry in own):
+            (curve,) = curves(own)
+            tuned[name] = curve.lrs[curve.best]
+    return tuned
+
+
+def further(sweep: Sweep, planned: Sequence[Run], entries: Iterable[Mapping[str, Any]]) -> Iterator[Run]:
+    """Runs to add to those planned, given their results; none where ``sweep.extend`` is 0.
 
     A curve whose lowest loss is at an end is continued there by two learning rates, spaced as its last two, and by at
     most ``sweep.extend`` in all. Every curve then gets the learning rate that was the best at the base width.
     """
     if not sweep.extend:
         return
-    planned = list(sweep.runs())
     tuned: dict[str, float] = {}
     for curve in sorted(curves(entries), key=lambda curve: curve.width != sweep.base_width):
         if curve.parametrization not in sweep.parametrizations or math.isinf(min(curve.losses)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
@@ -14,29 +15,41 @@ import torch
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against learning rate at one width; losses are means over seeds, infinite where any of them diverged."""
+    """Loss against learning rate at one width. Every seed has a loss at some of the learning rates, infinite where it
+    diverged."""
 
     parametrization: str
     width: int
     lrs: tuple[float, ...]
-    by_seed: Mapping[int, tuple[float, ...]]  # every seed has a loss at every learning rate
+    by_seed: Mapping[int, Mapping[float, float]]
 
-    @property
+    @cached_property
     def losses(self) -> tuple[float, ...]:
-        return tuple(mean(column) for column in zip(*self.by_seed.values(), strict=True))
+        """Means over seeds, as if each had all learning rates: a seed's share is what it is off the fullest one where
+        both have a loss, so that one with few learning rates does not bend the curve."""
+        fullest = max(sorted(self.by_seed), key=lambda seed: len(self.by_seed[seed]))
+        off = {}
+        for seed, row in self.by_seed.items():
+            differences = [loss - self.by_seed[fullest].get(lr, math.nan) for lr, loss in row.items()]
+            off[seed] = mean([each for each in differences if math.isfinite(each)] or [0.0])
+        shared = mean(off.values())
+        return tuple(
+            shared + mean(row[lr] - off[seed] for seed, row in self.by_seed.items() if lr in row) for lr in self.lrs
+        )
 
     @property
     def errors(self) -> tuple[float, ...]:
         """Standard errors of the losses over seeds; NaN for a single one."""
-        return tuple(standard_error(column) for column in zip(*self.by_seed.values(), strict=True))
+        return tuple(standard_error([row[lr] for row in self.by_seed.values() if lr in row]) for lr in self.lrs)
 
-    def rise(self, index: int) -> tuple[float, float]:
+    def rise(self, lr: float) -> tuple[float, float]:
         """The loss at a learning rate less the lowest one, and the standard error of that over seeds: equal seeds
         have equal data and draws, so that differences are taken seed by seed."""
-        if index == self.best:
+        best = self.lrs[self.best]
+        if lr == best:
             return 0.0, 0.0
-        differences = [row[index] - row[self.best] for row in self.by_seed.values()]
-        return self.losses[index] - self.losses[self.best], standard_error(differences)
+        differences = [row[lr] - row[best] for row in self.by_seed.values() if lr in row and best in row]
+        return self.at(lr) - self.losses[self.best], standard_error(differences)
 
     @property
     def best(self) -> int:
@@ -66,7 +79,8 @@ class Curve:
 
     def alone(self, seed: int) -> Curve:
         """The curve of one of its seeds."""
-        return replace(self, by_seed={seed: self.by_seed[seed]})
+        row = self.by_seed[seed]
+        return Curve(self.parametrization, self.width, tuple(sorted(row)), {seed: row})
 
     def at(self, lr: float) -> float:
         """The loss at a learning rate of the grid."""
@@ -98,31 +112,24 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """All curves of a results file. A parametrization without runs of its own at the base width has the others', as
-    they are the same. A seed counts where it has all learning rates of its curve, or means would compare seeds."""
-    points: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    """All curves of a results file. A parametrization without runs of its own at the base width has those of another
+    one of the same model (of the same options), as they are the same."""
+    points: dict[tuple[str, int], dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    models: dict[str, str] = {}  # by parametrization
     base = 0
     for entry in entries:
         loss = math.inf if entry["diverged"] is not None else entry["loss"]
-        points[entry["parametrization"], entry["width"]][entry["lr"]][entry["seed"]] = loss
+        points[entry["parametrization"], entry["width"]][entry["seed"]][entry["lr"]] = loss
+        models[entry["parametrization"]] = repr(entry.get("request", {}).get("options", ()))
         base = entry["sizes"]["width"]
-    names = list(dict.fromkeys(name for name, _ in points))
-    owners = [name for name in names if (name, base) in points]
-    for name in names:
-        if owners and name not in owners:
-            points[name, base] = points[owners[0], base]
-    return [_curve(name, width, by_lr) for (name, width), by_lr in sorted(points.items())]
-
-
-def _curve(name: str, width: int, by_lr: Mapping[float, Mapping[int, float]]) -> Curve:
-    lrs = sorted(by_lr)
-    everywhere = set.intersection(*(set(by_lr[lr]) for lr in lrs))
-    if not everywhere:  # cut off within the first seed: what the most learning rates have
-        seeds = [seed for lr in lrs for seed in by_lr[lr]]
-        everywhere = {max(sorted(set(seeds)), key=seeds.count)}
-        lrs = [lr for lr in lrs if everywhere <= set(by_lr[lr])]
-    by_seed = {seed: tuple(by_lr[lr][seed] for lr in lrs) for seed in sorted(everywhere)}
-    return Curve(name, width, tuple(lrs), by_seed)
+    owners = {model: name for name, model in reversed(models.items()) if (name, base) in points}
+    for name, model in models.items():
+        if (name, base) not in points and model in owners:
+            points[name, base] = points[owners[model], base]
+    return [
+        Curve(name, width, tuple(sorted({lr for row in by_seed.values() for lr in row})), by_seed)
+        for (name, width), by_seed in sorted(points.items())
+    ]
 
 
 def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
@@ -137,7 +144,7 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
         tuned = base.lrs[base.best]
         for curve in family:
             best = curve.best
-            regret, error = curve.rise(curve.lrs.index(tuned)) if tuned in curve.lrs else (math.nan, math.nan)
+            regret, error = curve.rise(tuned) if tuned in curve.lrs else (math.nan, math.nan)
             found.append(
                 Transfer(
                     name,

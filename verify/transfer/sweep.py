@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from widthwise.verify.transfer.config import Run, Sweep
 from widthwise.verify.transfer.execute import FAILED, Executor, Outcome, executor
-from widthwise.verify.transfer.extend import further
+from widthwise.verify.transfer.extend import further, tuned_rates
 from widthwise.verify.transfer.results import Results
 
 
@@ -19,8 +19,9 @@ class Books:
 
     def __init__(self, sweep: Sweep, path: Path) -> None:
         self.sweep, self.results = sweep, Results(path)
-        self.stages = [{run.key: run for run in stage} for stage in sweep.stages()]
         self.finished = self.results.load()
+        self.stages: list[dict[str, Run]] = []
+        self.plan()
 
     @property
     def grid(self) -> dict[str, Run]:
@@ -31,12 +32,15 @@ class Books:
         wanted = [self.stages[each] for each in stages if each < len(self.stages)] if stages else self.stages
         return {key: run for stage in wanted for key, run in stage.items() if key not in self.finished}
 
-    def plan_further(self) -> None:
-        """Where the grid is finished, add what its results leave open."""
+    def plan(self) -> None:
+        """All grids that can be known by now; and where they are finished, what their results leave open."""
+        planned = self.sweep.stages(tuned_rates(self.sweep, self.finished))
+        self.stages = [{run.key: run for run in stage} for stage in planned]
+        runs = list(self.grid.values())
         while not self.left():
             grid = self.grid
             own = [entry for key, entry in self.finished.items() if key in grid]
-            more = {run.key: run for run in further(self.sweep, own) if run.key not in grid}
+            more = {run.key: run for run in further(self.sweep, runs, own) if run.key not in grid}
             if not more:
                 return
             self.stages.append(more)
@@ -63,7 +67,6 @@ def carry_out(
     execute = executor(how)
     books = [Books(sweep, path) for sweep, path in sweeps]
     for each in books:
-        each.plan_further()
         runs = len(each.grid)
         console.print(f"{each.sweep.name}: {runs} runs, {runs - len(each.left())} of them finished before")
     failures: dict[str, str] = {}
@@ -72,7 +75,7 @@ def carry_out(
         try:
             while _round(books, execute, jobs, failures, progress):
                 for each in books:
-                    each.plan_further()
+                    each.plan()
         except KeyboardInterrupt:
             return [*failures.values(), "stopped; the same command goes on from here"]
     return list(failures.values())

@@ -69,6 +69,7 @@ def test_a_key_is_what_a_run_is(sweep: Sweep) -> None:
         ("widths = [16, 32]", "widths = []", r"widths cannot be \[\]"),
         ("[0.004, 0.016]", "[0.0, 0.016]", "must be positive"),
         ("[training]", "[[grids]]\nwidths = [8]\n[training]", "width 8 of a grid is none of the sweep's"),
+        ("[training]", "[[grids]]\naround = 1.0\n[training]", "no grid begins"),
         ("[training]", '[[grids]]\nparametrizations = ["ntk"]\n[training]', "parametrization ntk of a grid"),
         ("[training]", "[variants.ours]\nregim = 'asymptotic'\n[training]", "regim"),
         ("[training]", "[training]\ngraph = 1", "graph cannot be 1"),
@@ -90,6 +91,9 @@ def test_grids_are_parts_of_a_sweep(tmp_path: Path) -> None:
     fix = ["a_proj.init_std=-1/2"]
     [variants.other]
     options = ["qk_scale=d_k^-1/2"]
+    [variants.third]
+    options = ["qk_scale=d_k^-1/2"]
+    fix = ["o_scale.multiplier=0"]
     [[grids]]
     widths = [16]
     seeds = [0, 1]
@@ -97,7 +101,7 @@ def test_grids_are_parts_of_a_sweep(tmp_path: Path) -> None:
     parametrizations = ["early", "other"]
     learning_rates = [0.004]
     """
-    text = FILE.replace('"liu-gu-2026", "widthwise"', '"early", "other"')
+    text = FILE.replace('"liu-gu-2026", "widthwise"', '"early", "other", "third"')
     (tmp_path / "sweep.toml").write_text(text + more)
     runs = list(read_sweep(tmp_path / "sweep.toml").runs())
     at_base = [(run.parametrization, run.lr, run.seed) for run in runs if run.width == 16]
@@ -124,7 +128,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.toml")), ids=lambda file: file.stem)
 def test_committed_sweeps_say_what_can_be_run(file: Path) -> None:
     sweep = read_sweep(file)
-    runs = list(sweep.runs())
+    middle = sorted(sweep.learning_rates)[len(sweep.learning_rates) // 2]
+    runs = [run for stage in sweep.stages(dict.fromkeys(sweep.parametrizations, middle)) for run in stage]
     assert {run.width for run in runs} == set(sweep.widths)
     for width in sweep.widths:  # at least seven learning rates a curve, the largest models of ablations aside
         rates = {run.lr for run in runs if run.width == width and run.parametrization == sweep.parametrizations[0]}

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from widthwise.cli import cli
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer import execute, train
-from widthwise.verify.transfer.config import Run, Sweep, read_sweep
+from widthwise.verify.transfer.config import Grid, Run, Sweep, read_sweep
 from widthwise.verify.transfer.results import Results
 from widthwise.verify.transfer.sweep import carry_out
 
@@ -191,6 +191,25 @@ def test_optima_beyond_the_grid_are_looked_for(folder: Path, sweep: Sweep, monke
     before = len(entries)
     assert carry_out([(wide, folder / "results.jsonl")]) == []
     assert len(Results(folder / "results.jsonl").load()) == before
+
+
+def test_a_grid_around_the_optimum_waits_for_the_base_width(
+    folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, float]] = []
+
+    def attempt(run: Run) -> dict[str, Any]:
+        asked.append((run.width, math.log2(run.lr)))
+        return {"loss": (math.log2(run.lr) + 6) ** 2, "diverged": None, "seconds": 1.0}
+
+    monkeypatch.setattr(train, "train", attempt)
+    rates = tuple(2.0**power for power in range(-9, 1))
+    grids = (Grid(widths=(32,), parametrizations=("widthwise",), around=1.0), Grid(widths=(16,)))
+    centered = replace(sweep, learning_rates=rates, grids=grids)
+    assert carry_out([(centered, folder / "results.jsonl")]) == []
+    assert asked == [(16, power) for power in range(-9, 1)] + [(32, power) for power in (-7, -6, -5)]
+    assert carry_out([(centered, folder / "results.jsonl")]) == []
+    assert len(asked) == 13
 
 
 def test_divergence_is_recorded(sweep: Sweep) -> None:
