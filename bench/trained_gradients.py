@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "verify" / "trace"))
-from checked_models import Checked  # noqa: E402
+from checked_models import Checked
 
-from widthwise.derive.graph_toml import write_graph  # noqa: E402
-from widthwise.verify.coord.predict import predictions  # noqa: E402
-from widthwise.verify.coord.run import _typical  # noqa: E402
-from widthwise.verify.coord.stats import fit  # noqa: E402
+from widthwise.derive.graph_toml import write_graph
+from widthwise.verify.coord.predict import predictions
+from widthwise.verify.coord.run import _typical
+from widthwise.verify.coord.stats import fit
 
 STEPS = (0, 1, 3, 10, 30, 100, 300)
 VOCAB, BATCH, LENGTH = 96, 8, 32
