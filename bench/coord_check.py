@@ -84,11 +84,12 @@ def cases(optimizers: list[str]) -> Iterator[Case]:
         yield Case(optimizer, "head-dim-fixed", silu, tied)
 
 
-def one_seed(given: tuple[Case, tuple[int, ...], int, str]) -> Measurements:
-    case, widths, seed, device = given
+def one_seed(given: tuple[Case, tuple[int, ...], int, float | None, str]) -> Measurements:
+    case, widths, seed, lr, device = given
     torch.set_num_threads(1)
     graph, table = case.derived()
-    found = measure(Described(graph, table, widths[0], sizes=case.sizes, device=device), widths, [seed], steps=STEPS)
+    subject = Described(graph, table, widths[0], sizes=case.sizes, lr=lr, device=device)
+    found = measure(subject, widths, [seed], steps=STEPS)
     if device == "cuda":
         torch.cuda.empty_cache()  # several processes share its memory
     return found
@@ -113,6 +114,11 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "sgd"])
     parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--lr", type=float, help="at the smallest width, instead of the usual")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="configurations with these in their title"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what the data file lacks")
     parser.add_argument("--jobs", type=int, default=2, help="processes; they share a GPU if there is one")
     parser.add_argument("--name", default="cpu", help="of the files")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
@@ -125,30 +131,37 @@ def main() -> None:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    command = "python bench/coord_check.py " + " ".join(without_output(sys.argv[1:]))
+    command = "python bench/coord_check.py " + " ".join(asked_for(sys.argv[1:]))
     head = (
         f"`{command}`: one layer, widths {asked.widths}, {asked.seeds} seeds, {STEPS} steps on one batch of 2 × 8 "
         f"random tokens, float32; slope of log size against log width ± standard error over seeds. {where}, torch "
         f"{torch.__version__}, Python {platform.python_version()}."
     )
     widths = tuple(asked.widths)
-    chosen = list(cases(asked.optimizers))
-    jobs = [(case, widths, FIRST + seed, device) for case in chosen for seed in range(asked.seeds)]
     reports: list[Report] = []
+    if asked.resume:
+        before, reports = read(data)
+        if before != head:
+            parser.error(f"{data} is of another run:\n{before}\nthis one is\n{head}")
+    done_before = {each.title for each in reports}
+    chosen = [case for case in cases(asked.optimizers) if case.title not in done_before]
+    chosen = [case for case in chosen if set(asked.only) <= set(case.title.replace(",", "").split())]
+    jobs = [(case, widths, FIRST + seed, asked.lr, device) for case in chosen for seed in range(asked.seeds)]
     asked.output.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(asked.jobs) as pool:
         done = pool.imap(one_seed, jobs)
         for case in chosen:
             reports.append(report(case, widths, list(itertools.islice(done, asked.seeds))))
-            print(f"{len(reports)} of {len(chosen)}: {case.title} {reports[-1].counts}", flush=True)
+            print(case.title, reports[-1].counts, flush=True)
             plain = [each.as_dict() | {"curves": None, "meaning": None} for each in reports]
             data.write_text(json.dumps(rounded({"head": head, "reports": plain}, 4)) + "\n", encoding="utf-8")
             data.with_suffix(".md").write_text(text(head, reports), encoding="utf-8")
 
 
-def without_output(words: list[str]) -> list[str]:
-    """The arguments of a command but for where its files went."""
-    return [word for before, word in itertools.pairwise(["", *words]) if "--output" not in (before, word)]
+def asked_for(words: list[str]) -> list[str]:
+    """The arguments of a command but for where its files went, and whether they were there."""
+    kept = [word for before, word in itertools.pairwise(["", *words]) if "--output" not in (before, word)]
+    return [word for word in kept if word != "--resume"]
 
 
 def line(each: Result) -> str:

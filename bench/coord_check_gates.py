@@ -78,19 +78,17 @@ SETTINGS = (
 ROLES = ("a_proj", "b_proj", "A_log", "dt_bias", "o_norm")
 
 
-def one(given: tuple[Setting, tuple[int, ...], int, tuple[int, ...]]) -> tuple[Measurements, Halves]:
-    """Train at every width, under one seed."""
-    setting, widths, seed, steps = given
+Job = tuple[Setting, int, int, int, tuple[int, ...]]
+
+
+def one(given: Job) -> tuple[Measurements, Halves]:
+    """Train one model of a sweep that starts at ``smallest``."""
+    setting, smallest, width, seed, steps = given
     torch.set_num_threads(1)
-    described = subject(setting.optimizer, widths[0], setting.fix, setting.lr, setting.scaling)
-    return watch(
-        described,
-        widths,
-        [seed],
-        steps,
-        batches=batches,
-        progress=lambda: print(setting.title, seed, file=sys.stderr, flush=True),
-    )
+    described = subject(setting.optimizer, smallest, setting.fix, setting.lr, setting.scaling)
+    found = watch(described, [width], [seed], steps, batches=batches)
+    print(setting.title, "· width", width, "· seed", seed, file=sys.stderr, flush=True)
+    return found
 
 
 def text(slope: Slope) -> str:
@@ -109,13 +107,16 @@ def in_training(widths: tuple[int, ...], seeds: int, steps: tuple[int, ...], job
         "n^1/2 more. Coherence is the slope of a sum over what independent signs would make of it: 0, or 1/2 where "
         "terms agree.\n"
     )
-    given = [(setting, widths, seed, steps) for setting in SETTINGS for seed in range(seeds)]
+    each = list(itertools.product(range(seeds), widths))
+    given = [(setting, widths[0], width, seed, steps) for setting in SETTINGS for seed, width in each]
     with get_context("spawn").Pool(jobs) as pool:
         done = pool.imap(one, given)
         for setting in SETTINGS:
-            found, halves = next(done)
-            for other, _ in itertools.islice(done, seeds - 1):
-                found.join(other)
+            found, halves = Measurements(widths), Halves()
+            for part, known in itertools.islice(done, len(each)):
+                found.join(part)
+                for key, (half, lengths) in known.items():
+                    halves.setdefault(key, (half, {}))[1].update(lengths)
             tell(setting, found, alignments(found, halves, steps), steps)
 
 

@@ -43,9 +43,10 @@ class Measurements:
             self.sizes.setdefault((kind, name, step, statistic), {}).setdefault(seed, []).append(value)
 
     def join(self, other: Measurements) -> None:
-        """Take in what was measured of other seeds at the same widths."""
+        """Take in what was measured of other seeds, or of the same ones at the widths that come next."""
         for key, rows in other.sizes.items():
-            self.sizes.setdefault(key, {}).update(rows)
+            for seed, row in rows.items():
+                self.sizes.setdefault(key, {}).setdefault(seed, []).extend(row)
         self.shortest = other.shortest | self.shortest
 
     def rows(self, kind: str, name: str, step: int, statistic: str) -> list[list[float]]:
