@@ -154,7 +154,8 @@ def main() -> None:
             reports.append(report(case, widths, list(itertools.islice(done, asked.seeds))))
             print(case.title, reports[-1].counts, flush=True)
             plain = [each.as_dict() | {"curves": None, "meaning": None} for each in reports]
-            data.write_text(json.dumps(rounded({"head": head, "reports": plain}, 4)) + "\n", encoding="utf-8")
+            numbers = json.dumps(rounded({"head": head, "reports": plain}, 4), separators=(",", ":"))
+            data.write_text(numbers + "\n", encoding="utf-8")
             data.with_suffix(".md").write_text(text(head, reports), encoding="utf-8")
 
 
