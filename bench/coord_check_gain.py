@@ -71,9 +71,9 @@ def main() -> None:
     print(
         f"`python bench/coord_check_gain.py`: Gated DeltaNet, head dims fixed, learning rate {LR}, widths "
         f"{list(widths)}, {asked.seeds} seeds. Rms of ∂L/∂o_norm through the initial W_o, "
-        "through what its steps have added, and together: slope against width ± standard error over seeds, and size at each width. Agreement: 1 where all "
-        "entries of the gain get one and the same number, 0.2 where signs are random. "
-        f"torch {torch.__version__}, Python {platform.python_version()}.\n"
+        "through what its steps have added, and together: slope against width ± standard error over seeds, and size at "
+        "each width. Agreement: 1 where all entries of the gain get one and the same number, 0.2 where signs are "
+        f"random. torch {torch.__version__}, Python {platform.python_version()}.\n"
     )
     print(
         "| step | part | derived | slope | at the two largest widths | size by width |\n|---:|---|---:|---:|---:|---|"
