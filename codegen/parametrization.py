@@ -43,6 +43,7 @@ def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
         "laws": SYMMETRIC,
         "has_eps": any(rule.eps is not None for rule, _ in rules),
         "packed": any(parameter.rows is not None for _, parameter in rules),
+        "input_first": any(parameter.input_first for _, parameter in rules),
         "taps": any(_taps(graph, parameter) for _, parameter in rules),
     }
 
@@ -76,6 +77,8 @@ def _rule(rule: Rule, parameter: Parameter, taps: int) -> Row:
         value = getattr(rule, knob)
         if value is not None and (value != ZERO or knob in ("lr", "eps")):
             arguments.append(f"{knob}={number(value)}")
+    if parameter.input_first:
+        arguments.append("input_first=True")
     if taps:
         arguments.append(f"taps={taps}")
     return Row(rule.binding if parameter.trainable else f"frozen; {rule.binding}", call("Rule", arguments, 4))

@@ -95,7 +95,8 @@ class Parameter:
     """A trainable tensor of one role; ``patterns`` are globs over the names it has in real models.
 
     ``law`` is how it is drawn at the base width; weights are symmetric, while gains, biases and decay rates have a
-    fixed or one-sided value. ``rows`` is set where real models hold it as part of a larger tensor.
+    fixed or one-sided value. ``rows`` is set where real models hold it as part of a larger tensor, and ``input_first``
+    where they hold it as [in, out…], with its last axis first.
     """
 
     role: str
@@ -105,6 +106,7 @@ class Parameter:
     trainable: bool = True
     where: str = ""
     rows: Rows | None = None
+    input_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def _parameter(parameter: Parameter) -> dict[str, Any]:
         entry["trainable"] = False
     if parameter.where:
         entry["where"] = parameter.where
+    if parameter.input_first:
+        entry["input_first"] = True
     if parameter.rows is not None:
         rows = parameter.rows
         entry["rows"] = {
@@ -190,7 +192,9 @@ class _GraphReader(Reader):
         return graph
 
     def parameter(self, entry: dict[str, Any]) -> Parameter:
-        self.only(entry, {"role", "shape", "patterns", "law", "low", "high", "trainable", "where", "rows"})
+        self.only(
+            entry, {"role", "shape", "patterns", "law", "low", "high", "trainable", "where", "input_first", "rows"}
+        )
         law = self.text(entry, "law")
         if law not in SYMMETRIC:
             raise self.refuse(f"there is no law {law!r}")
@@ -206,6 +210,7 @@ class _GraphReader(Reader):
             self.switch(entry, "trainable", True),
             self.text(entry, "where") if "where" in entry else "",
             rows,
+            self.switch(entry, "input_first", False),
         )
 
     def rows(self, entry: Any) -> Rows:

@@ -298,7 +298,9 @@ class _Spread(click.Command):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="a rule table (derive --format toml); ARCHITECTURE is then a factory make_model(width)",
 )
-@click.option("--description", metavar="MODULE:FUNCTION", help="the graph of RULES, where it is one of yours")
+@click.option(
+    "--description", metavar="TEXT", help="the graph of RULES: what was traced (FILE.toml), or MODULE:FUNCTION"
+)
 @click.option("--lr", type=float, help="learning rate at the base width")
 @click.option("--seeds", type=int, help="how many (default: 10; thorough: 40)")
 @click.option("--first-seed", type=int, default=0, show_default=True, help="the first of them")

@@ -44,7 +44,7 @@ def described_by(rules: Path, description: str | None) -> tuple[Graph, RuleTable
     if description is None and table.architecture not in ARCHITECTURES:
         raise DeriveError(
             f"{rules} is about {table.architecture!r}, which is no architecture of ours",
-            cure="say where it is described: --description package.module:function",
+            cure="say where it is described: --description model.toml (traced), or package.module:function",
         )
     options = tuple(f"{name}={value}" for name, value in table.options.items())
     return Request(description or table.architecture, options=options).graph(), table

@@ -7,7 +7,7 @@ all is known, writes one node of the engine's graph for each call and each piece
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -202,8 +202,20 @@ class Emitter:
     def law(self, name: str, law: Law) -> None:
         """Say how a parameter is drawn, from how it is used first."""
         if name in self.parameters and name not in self.ancestors:
-            old = self.parameters[name]
             self.ancestors[name] = frozenset()
-            self.parameters[name] = Parameter(
-                old.role, old.shape, old.patterns, law, old.trainable, old.where, old.rows
-            )
+            self.parameters[name] = replace(self.parameters[name], law=law)
+
+    def stored(self, site: Site, name: str, input_first: bool) -> None:
+        """Say that a matrix is stored as [in, out], before its law is said; or hold that it is not.
+
+        Raises:
+            DeriveError: when it is used both ways.
+        """
+        parameter = self.parameters[name]
+        if parameter.input_first == input_first:
+            return
+        if parameter.input_first or name in self.ancestors:
+            raise site.refuse(f"{site.module} uses {parameter.where} transposed, and another call does not")
+        shape = (*parameter.shape[1:], parameter.shape[0])
+        self.parameters[name] = replace(parameter, shape=shape, input_first=True)
+        self.shapes[name] = shape

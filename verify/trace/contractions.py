@@ -47,13 +47,20 @@ def _spread(emitter: Emitter, site: Site, name: str, wanted: Shape) -> str:
 
 
 def _linear_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
-    x, weight = axes.of(site.args[0]), axes.of(site.args[1])
-    if len(weight) != 2:
+    return _linear_map_axes(axes, site, site.args[0], site.args[1], _bias(site))
+
+
+def _linear_map_axes(
+    axes: Axes, site: Site, x: Site, weight: Site, bias: Site | None, input_first: bool = False
+) -> list[list[Dimension]]:
+    given, stored = axes.of(x), axes.of(weight)
+    if len(stored) != 2:
         raise site.refuse("a linear map with a weight that is no matrix")
-    identify(x[-1], weight[1])
-    if (bias := _bias(site)) is not None:
-        identify(axes.of(bias)[0], weight[0])
-    return [[*x[:-1], weight[0]]]
+    fan_in, fan_out = stored if input_first else reversed(stored)
+    identify(given[-1], fan_in)
+    if bias is not None:
+        identify(axes.of(bias)[0], fan_out)
+    return [[*given[:-1], fan_out]]
 
 
 def _bias(site: Site) -> Site | None:
@@ -62,12 +69,19 @@ def _bias(site: Site) -> Site | None:
 
 @rule("aten.linear", axes=_linear_axes)
 def _linear(emitter: Emitter, site: Site) -> list[Value]:
-    x, weight = site.args[:2]
+    return _linear_map(emitter, site, site.args[0], site.args[1], _bias(site))
+
+
+def _linear_map(
+    emitter: Emitter, site: Site, x: Site, weight: Site, bias: Site | None, input_first: bool = False
+) -> list[Value]:
+    """W x + bias, with W stored as [out, in] or [in, out]."""
     given = emitter.whole(site, x, "a linear map")
     carrier = emitter.readouts.get(site)
 
     def make(key: Key, chosen: tuple[Piece, ...]) -> str:
         role = _role(emitter, site, weight, key)
+        emitter.stored(site, role, input_first)
         emitter.law(role, NORMAL)
         fan_in = emitter.parameters[role].shape[-1]
         source = _last_group(emitter, site, given, fan_in)
@@ -75,9 +89,22 @@ def _linear(emitter: Emitter, site: Site) -> list[Value]:
         if carrier:
             attrs = {"carrier": role if carrier == "own" else emitter.names.unique(carrier)}
         y = emitter.apply(site, "linear", (source, role), f"z_{role}" if not carrier else "logits", **attrs)
-        return _biased(emitter, site, y, _bias(site), key, chosen)
+        return _biased(emitter, site, y, bias, key, chosen)
 
     return emitter.each(site, make)
+
+
+def _addmm_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
+    bias, x, weight = site.args[:3]
+    if any(site.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
+        raise site.refuse("aten.addmm with factors")
+    return _linear_map_axes(axes, site, x, weight, bias, input_first=True)
+
+
+@rule("aten.addmm", axes=_addmm_axes)
+def _addmm(emitter: Emitter, site: Site) -> list[Value]:
+    bias, x, weight = site.args[:3]
+    return _linear_map(emitter, site, x, weight, bias, input_first=True)
 
 
 def _last_group(emitter: Emitter, site: Site, name: str, group: Group) -> str:
@@ -119,6 +146,8 @@ def _mix(emitter: Emitter, site: Site) -> list[Value]:
 
 
 def _matmul_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
+    if site.args[1].kind == "parameter":
+        return _linear_map_axes(axes, site, site.args[0], site.args[1], None, input_first=True)
     a, b = (axes.of(each) for each in site.args[:2])
     if len(a) < 2 or len(b) < 2:
         raise site.refuse("a matrix product with a vector", "write it as an entrywise product and a linear map")
@@ -128,9 +157,13 @@ def _matmul_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
 
 @rule("aten.matmul", "aten.bmm", "aten.mm", axes=_matmul_axes)
 def _matmul(emitter: Emitter, site: Site) -> list[Value]:
+    if site.args[1].kind == "parameter":
+        return _linear_map(emitter, site, site.args[0], site.args[1], None, input_first=True)
     a, b = (emitter.whole(site, each, "a matrix product") for each in site.args[:2])
     if a in emitter.parameters or b in emitter.parameters:
-        raise site.refuse("a parameter is used as a matrix [in, out]", "use nn.Linear, which stores [out, in]")
+        raise site.refuse(
+            "a parameter is multiplied from the left", "write W x as x @ W.T is: nn.Linear, or x @ weight"
+        )
     present = {*atoms(emitter.shapes[a]), *atoms(emitter.shapes[b])}
 
     def make(key: Key, chosen: tuple[Piece, ...]) -> str:

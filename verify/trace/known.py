@@ -87,6 +87,11 @@ def mamba2_chunk_scan(
     return y if D is None else y + hidden_states * D[..., None]
 
 
+@stand_in("transformers.activations:NewGELUActivation.forward")
+def tanh_gelu(self: Any, input: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(input, approximate="tanh")
+
+
 @stand_in("transformers.models.*:apply_rotary_pos_emb")
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, *angles: Any, **rest: Any) -> tuple[Tensor, Tensor]:
     return rotate(q), rotate(k)

@@ -19,6 +19,7 @@ from widthwise.verify.trace.sites import Site, tensors
 from widthwise.verify.trace.taps import with_taps
 
 VIEWS = ("view", "reshape", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute")
+WEIGHTS = {"aten.linear": 1, "aten.matmul": 1, "aten.mm": 1, "aten.addmm": 2}  # where a linear map has its weight
 
 
 def lowered(
@@ -127,8 +128,8 @@ def _readouts(logits: Site, sites: Sequence[Site]) -> dict[Site, str]:
         op = family(site.op)
         activations = [each for each in site.inputs if not each.constant and each.kind != "parameter"]
         gained = op != "aten.add" and any(each.kind == "parameter" for each in site.inputs)
-        if op == "aten.linear":  # reached through views, sums with a bias and numbers alone
-            weight = site.args[1]
+        weight = site.args[WEIGHTS[op]] if op in WEIGHTS else None
+        if weight is not None and weight.kind == "parameter":  # reached through views, sums and numbers alone
             readers = [each for each in sites if weight in each.inputs]
             tied = len(readers) > 1
             return {site: site.module.rsplit(".", 1)[-1] or "logits_scale" if tied else "own"}

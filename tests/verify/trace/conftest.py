@@ -18,7 +18,7 @@ from widthwise.codegen.request import Request  # noqa: E402
 from widthwise.derive.graph_toml import write_graph  # noqa: E402
 from widthwise.verify.trace import Traced, trace  # noqa: E402
 
-TRANSFORMERS = ("llama", "qwen3", "mamba2", "qwen3_next")
+TRANSFORMERS = ("llama", "gpt2", "qwen3", "mamba2", "qwen3_next")
 
 
 @pytest.fixture

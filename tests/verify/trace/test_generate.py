@@ -6,7 +6,7 @@ import torch
 WIDTH, BASE = 192, 64
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
 def test_initializes_and_groups_the_real_class(generated, name: str) -> None:
     module, model = generated(name)
     report = module.init_(model, width=WIDTH, base_width=BASE, norm_eps=1e-6)
@@ -27,6 +27,22 @@ def test_rows_of_packed_weights_are_drawn_by_their_rules(generated) -> None:
         assert each.std().item() == pytest.approx(WIDTH**-0.5, rel=0.05)
     for each in (b, c):  # few outputs: times 3^-1
         assert each.std().item() == pytest.approx(BASE**-0.5 / 3, rel=0.05)
+
+
+def test_weights_stored_in_out(generated) -> None:
+    """GPT-2 holds q, k, v side by side, [in, 3 out]; rules and reports are about [out, in]."""
+    module, model = generated("gpt2", gauge="multiplier")
+    report = {(each.name, each.role): each for each in module.init_(model, width=WIDTH, base_width=BASE)}
+    up = model.transformer.h[1].mlp.c_fc.weight
+    assert report["transformer.h.1.mlp.c_fc.weight", "c_fc"].shape == (4 * WIDTH, WIDTH)
+    assert up.shape == (WIDTH, 4 * WIDTH)
+    assert up.std().item() == pytest.approx(WIDTH**-0.5, rel=0.05)  # of WIDTH inputs
+    assert model.transformer.h[1].mlp.c_proj.weight.std().item() == pytest.approx((4 * WIDTH) ** -0.5, rel=0.05)
+    packed = model.transformer.h[2].attn.c_attn.weight
+    assert report["transformer.h.2.attn.c_attn.weight", "c_attn_1"].shape == (WIDTH, WIDTH)
+    for part in packed.split(WIDTH, dim=1):
+        assert part.std().item() == pytest.approx(WIDTH**-0.5, rel=0.05)
+    assert model.lm_head_multiplier == pytest.approx(BASE / WIDTH)
 
 
 def test_interleaved_rows(generated) -> None:

@@ -13,6 +13,7 @@ from traced_models import MLP, WIDTHS, Hidden, mlp
 from widthwise.derive import derive
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import HALF
+from widthwise.derive.graph_toml import read_graph, write_graph
 from widthwise.derive.ops import pointwise
 from widthwise.derive.ops.registry import OPS, Op, always
 from widthwise.verify.trace import stand_in, trace
@@ -81,6 +82,29 @@ class TestWorks:
         assert table.rule("hidden").lr is None
         assert table.rule("down").lr == -1
         assert table.rule("up").lr == 0
+
+    def test_weights_stored_in_out(self) -> None:
+        """x @ W, with a factor behind the readout as its multiplier."""
+
+        class InOut(nn.Module):
+            def __init__(self, n: int) -> None:
+                super().__init__()
+                self.first = nn.Linear(6, n, bias=False)
+                self.up = nn.Parameter(torch.empty(n, 3 * n))
+                self.shift = nn.Parameter(torch.empty(3 * n))
+                self.last = nn.Parameter(torch.empty(3 * n, 5))
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.addmm(self.shift, self.first(x).relu(), self.up).relu()
+                return x @ self.last
+
+        graph = trace(lambda n: (InOut(n), (torch.zeros(3, 6),))).graph
+        table = derive(graph)
+        assert [str(each) for each in graph.parameters["up"].shape] == ["shift_d0", "width"]
+        assert graph.parameters["up"].input_first
+        assert (table.rule("up").init_std, table.rule("up").lr) == (-HALF, -1)
+        assert (table.rule("last").init_std, table.rule("last").multiplier, table.rule("last").lr) == (0, -1, 0)
+        assert read_graph(write_graph(graph)).parameters["up"].input_first
 
     def test_a_layer_used_twice(self) -> None:
         table = rules(around(lambda m, x: m.hidden(m.hidden(x).relu()).relu()))
@@ -232,16 +256,22 @@ class TestRefused:
 
         self.check(around(done, last=lambda n: nn.Linear(4, n)), "writes into memory", r"x \* a rather than")
 
-    def test_a_weight_stored_in_out(self) -> None:
-        class Transposed(nn.Module):
+    def test_a_weight_on_the_left(self) -> None:
+        class Left(nn.Module):
             def __init__(self, n: int) -> None:
                 super().__init__()
                 self.weight = nn.Parameter(torch.empty(n, n))
 
             def forward(self, x: Tensor) -> Tensor:
-                return x @ self.weight
+                return (self.weight @ x.T).T
 
-        self.check(around(lambda m, x: m.odd(x), odd=Transposed), r"\[in, out\]", "nn.Linear")
+        self.check(around(lambda m, x: m.odd(x), odd=Left), "multiplied from the left", "nn.Linear")
+
+    def test_a_weight_used_both_ways(self) -> None:
+        def done(m, x):
+            return m.hidden(x) @ m.hidden.weight
+
+        self.check(around(done), "hidden.weight transposed, and another call does not")
 
     def test_a_scale_that_follows_no_power(self) -> None:
         self.check(around(lambda m, x: m.hidden(x) * (1 + 1 / x.shape[-1])), "follow no power of the width")
@@ -256,7 +286,21 @@ class TestRefused:
         self.check(lambda n: (Hidden(int(torch.ones(1).sum())), ()), "cannot be made at width 128 on the meta device")
 
 
+TRAIN = """
+import torch, traced_models, my_mup
+
+def make_model(width):
+    model, _ = traced_models.mlp(width)
+    my_mup.init_(model, width=width, base_width=64, seed=torch.initial_seed() % 2**31)
+    optimizer = torch.optim.AdamW(my_mup.param_groups(model, lr=1e-3, width=width, base_width=64))
+    x, y = torch.randn(16, 6), torch.randint(5, (16,))
+    return model, optimizer, lambda model: torch.nn.functional.cross_entropy(model(x), y)
+"""
+
+
 def test_command_line(tmp_path: Path) -> None:
+    """All of it, as a user does it."""
+
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from widthwise.cli import main; main()"
         place = str(Path(__file__).parent)
@@ -269,6 +313,14 @@ def test_command_line(tmp_path: Path) -> None:
     derived = run("derive", "model.toml", "--optimizer", "sgd")
     assert "hidden" in derived.stdout, derived.stderr
     assert run("generate", "model.toml", "-o", "my_mup.py").returncode == 0
+    absorbed = ("--optimizer", "adamw", "--gauge", "absorbed")
+    assert run("derive", "model.toml", *absorbed, "--format", "toml", "-o", "rules.toml").returncode == 0
+    assert run("generate", "model.toml", *absorbed, "-o", "my_mup.py").returncode == 0
+    (tmp_path / "my_train.py").write_text(TRAIN, encoding="utf-8")
+    told = ("--rules", "rules.toml", "--description", "model.toml", "--seeds", "3", "--no-plot")
+    measured = run("coord-check", "my_train:make_model", *told, "--widths", "64", "128", "256")
+    assert measured.returncode == 0, measured.stdout + measured.stderr
+    assert "hidden in z_hidden" in measured.stdout
     checked = run("check", "my_mup.py")
     assert "0 out of date" in checked.stdout, checked.stdout + checked.stderr
     refused = run("trace", "traced_models:nothing")

@@ -89,6 +89,22 @@ def test_tied_llama(traced) -> None:
     assert graph.parameters["embed_tokens"].patterns == ("model.embed_tokens.weight", "lm_head.weight")
 
 
+def test_gpt2(traced) -> None:
+    """Weights stored as [in, out], q, k, v side by side in one."""
+    graph = traced("gpt2").graph
+    described = architecture("transformer", scaling="head-dim-fixed", tied=True)
+    roles = {f"c_attn_{at}": f"{name}_proj" for at, name in enumerate("qkv")} | {"wte": "embeddings", "ln_f": "norm"}
+    roles |= {"attn_c_proj": "o_proj", "c_fc": "up_proj", "mlp_c_proj": "down_proj", "ln_1": "attn_norm"}
+    for optimizer in OPTIMIZERS:
+        mine, theirs = derive(graph, optimizer), derive(described, optimizer)
+        for role, other in roles.items():
+            a, b = mine.rule(role), theirs.rule(other)
+            assert [getattr(a, knob) for knob in KNOBS] == [getattr(b, knob) for knob in KNOBS], (optimizer, role)
+    assert graph.parameters["c_attn_1"].rows.axis == 1
+    assert graph.parameters["c_attn_1"].input_first
+    assert not graph.parameters["wte"].input_first
+
+
 def test_mamba2(traced) -> None:
     roles = {
         "embeddings": "embeddings",
@@ -147,7 +163,7 @@ def test_qwen3_next(traced) -> None:
     same(traced("qwen3_next").graph, traced_descriptions.qwen3_next(), roles)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
 def test_the_file_holds_everything(traced, name: str) -> None:
     graph = traced(name).graph
     text = write_graph(graph)

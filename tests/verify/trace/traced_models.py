@@ -92,6 +92,20 @@ def qwen3(n: int) -> Made:
     return transformers.Qwen3ForCausalLM(config), tokens()
 
 
+def gpt2(n: int) -> Made:
+    """Weights stored as [in, out], biases, a tied readout. Its final norm has a bias, so that no one weight can absorb
+    the readout's multiplier: the model gets a place for it."""
+    import transformers
+
+    sizes = {"vocab_size": 96, "n_embd": n, "n_layer": 3, "n_head": n // 16, "n_positions": 64}
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **sizes)
+    model = transformers.GPT2LMHeadModel(config)
+    model.lm_head_multiplier = 1.0
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * model.lm_head_multiplier)
+    return model, tokens()
+
+
 def mamba2(n: int) -> Made:
     import transformers
 
