@@ -17,12 +17,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "verify" / "trace"))
 sys.modules["fla"] = None  # transformers would take FLA's kernels where they are installed
 
 from checked_models import CLASSES, VARIANTS, Checked  # noqa: E402
-from coord_check import line, without_output  # noqa: E402
 
 from widthwise.codegen.request import Request  # noqa: E402
 from widthwise.derive.graph_toml import write_graph  # noqa: E402
@@ -30,7 +28,8 @@ from widthwise.verify.coord.check import Report  # noqa: E402
 from widthwise.verify.coord.files import rounded  # noqa: E402
 from widthwise.verify.coord.predict import predictions  # noqa: E402
 from widthwise.verify.coord.run import Measurements, measure  # noqa: E402
-from widthwise.verify.coord.stats import results  # noqa: E402
+from widthwise.verify.coord.show import derived  # noqa: E402
+from widthwise.verify.coord.stats import Result, results  # noqa: E402
 
 STEPS = 2
 Job = tuple[str | Request, Path, tuple[int, ...], int]
@@ -61,6 +60,14 @@ def report(name: str | Request, file: Path, widths: tuple[int, ...], seeds: list
     return Report(checked.title, checked.table.hash, widths, len(seeds), STEPS, held, {})
 
 
+def line(each: Result) -> str:
+    slope = each.slope
+    return (
+        f"| {each.verdict} | {each.kind} | `{each.name}` | {each.step} | {derived(each)} | {slope.value:+.2f} ± "
+        f"{slope.error:.2f} | {slope.local:+.2f} ± {slope.local_error:.2f} |"
+    )
+
+
 def text(head: str, reports: list[Report]) -> str:
     lines = ["# Coordinate check of traced models", "", head, ""]
     lines += ["What is not ok, and why: [coord_check_traced.md](coord_check_traced.md#what-is-not-ok-and-why).", ""]
@@ -86,7 +93,8 @@ def main() -> None:
     asked = parser.parse_args()
     chosen: list[str | Request] = [*CLASSES, *VARIANTS] if asked.classes is None else [*(asked.classes or CLASSES)]
     widths = tuple(asked.widths)
-    command = " ".join(["python bench/coord_check_traced.py", *without_output(sys.argv[1:])])
+    told = [word for before, word in itertools.pairwise(["", *sys.argv[1:]]) if "--output" not in (before, word)]
+    command = " ".join(["python bench/coord_check_traced.py", *told])
     head = (
         f"`{command}`: widths {asked.widths}, {asked.seeds} seeds, {STEPS} steps of AdamW on one batch of 2 × 8 random "
         f"tokens (16 inputs, for mlp and cnn), float32, CPU; torch {torch.__version__}, {_transformers()}Python "
