@@ -42,7 +42,10 @@ def watch(found: Measurements, smallest: int, width: int, seed: int) -> None:
             for part, value in zip(PARTS, (gain.grad - moved, moved, gain.grad), strict=True):
                 found.note("weight gradient", part, step, seed, rms=sqrt(float(value.square().mean())))
             agree = float(moved.sum().abs() / moved.norm()) / sqrt(moved.numel())  # 1 where all entries are equal
+            assert tensors["o_normed"].grad is not None
+            heads = (tensors["o_normed"].detach() * tensors["o_normed"].grad).sum((0, 1)).square().sum(-1)
             found.note("weight gradient", "agreement", step, seed, value=agree)
+            found.note("weight gradient", "largest head", step, seed, value=float(heads.max() / heads.sum()))
         gradients(model, batch)
         model.optimizer.step()
         batch = next(data)
@@ -86,8 +89,12 @@ def main() -> None:
                 f"| {step} | {part} | {derived} | {slope.value:+.2f} ± {slope.error:.2f} "
                 f"| {slope.local:+.2f} ± {slope.local_error:.2f} | {sizes} |"
             )
-        agree = found.means("weight gradient", "agreement", step, "value")
-        print(f"| {step} | agreement of the part through ΔW | 1 | | | {', '.join(f'{each:.2f}' for each in agree)} |")
+        for title, name, derived in (
+            ("agreement of the part through ΔW", "agreement", "1"),
+            ("largest head's share of all", "largest head", "1 / heads"),
+        ):
+            values = found.means("weight gradient", name, step, "value")
+            print(f"| {step} | {title} | {derived} | | | {', '.join(f'{each:.2f}' for each in values)} |")
 
 
 if __name__ == "__main__":
