@@ -7,6 +7,7 @@ together and a program waits for memory once (y^T is a transpose, e = exp(g), un
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -51,11 +52,12 @@ def step_kernel(
     tl.store(o + walk.to(tl.int64) * V + columns, out.to(o.dtype.element_ty), mask=in_v)
 
 
+@functools.cache
 def blocks(key_dim: int, value_dim: int) -> dict[str, int]:
-    """128 bytes of a row of the state, which is what memory likes to be asked for, and 32 numbers a thread."""
+    """128 bytes of a row of the state, which is what memory likes to be asked for, and 64 numbers a thread."""
     block_k = triton.next_power_of_2(key_dim)
     block_v = min(triton.next_power_of_2(value_dim), 32)
-    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": min(max(block_k * block_v // 1024, 1), 8)}
+    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": max(block_k * block_v // 2048, 1)}
 
 
 def step(
@@ -71,10 +73,11 @@ def step(
     if batch == 0:
         return o, after
     chosen = blocks(key_dim, value_dim)
-    strides = (x.stride(axis) for x in (q, k, v, g, beta) for axis in (0, 1))
+    programs = batch * value_heads * -(-value_dim // chosen["BLOCK_V"])
+    strides = [x.stride(axis) for x in (q, k, v, g, beta) for axis in (0, 1)]
     # Triton launches on the current device.
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        step_kernel[(batch * value_heads * triton.cdiv(value_dim, chosen["BLOCK_V"]),)](
+        step_kernel[(programs,)](
             q, k, v, g, beta, state, o, after, scale, *strides,
             HEADS=value_heads, GROUP=value_heads // heads, K=key_dim, V=value_dim, NORMALIZE=normalize_qk, **chosen,
         )  # fmt: skip
