@@ -2,8 +2,9 @@
 
 import pytest
 
-from widthwise.derive import RuleTable, architecture, derive
+from widthwise.derive import Builder, RuleTable, architecture, derive
 from widthwise.derive.exponents import HALF, ZERO
+from widthwise.derive.laws import ONES
 
 
 def found(table: RuleTable, kind: str) -> dict[str, str]:
@@ -30,9 +31,16 @@ def test_no_rule_rests_on_it_where_steps_have_their_own_size_or_heads_do_not_gro
     assert not found(derive(architecture("gated_deltanet", scaling=scaling), optimizer), "early-branch")
 
 
-def test_a_norm_behind_the_gain_takes_the_coherent_part_away() -> None:
-    """Mamba-2 norms all heads together: what a head's D scales passes that norm."""
-    assert not found(derive(architecture("mamba2", scaling="head-dim-fixed"), "sgd"), "early-branch")
+@pytest.mark.parametrize(("normed", "where"), [(False, ["gain"]), (True, [])])
+def test_a_norm_behind_the_gain_takes_the_coherent_part_away(normed: bool, where: list[str]) -> None:
+    g = Builder("shared gain")
+    heads, entries, width = g.dim("H", 1), g.dim("d"), g.dim("n", 1)
+    wide = g.linear(g.input("x", g.dim("features")), "first", heads * entries)
+    scaled = g.product(g.reshape(wide, heads, entries), g.parameter("gain", entries, law=ONES), heads, entries)
+    scaled = g.reshape(scaled, heads * entries)
+    out = g.linear(g.norm(scaled) if normed else scaled, "second", width)
+    g.cross_entropy(g.readout(g.pointwise("relu", out), "head", g.dim("classes")))
+    assert list(found(derive(g.build(), "sgd"), "early-branch")) == where
 
 
 @pytest.mark.parametrize("name", ["gated_deltanet", "transformer"])
