@@ -14,6 +14,7 @@ from math import prod
 from widthwise.derive.errors import DeriveError
 
 Sizes = tuple[int, ...]
+TWICE = "make what cuts and joins it a stand-in (a rotary embedding: widthwise.verify.trace.rotate)"
 
 
 @dataclass(eq=False)
@@ -21,7 +22,7 @@ class Axis:
     """``sizes`` at the traced widths; ``weight``: some parameter has it, so that it is a feature and no token axis.
 
     ``same`` forwards to the axis this one was identified with; ``factors`` make it up as a product, outermost first;
-    ``parts`` as a concatenation, each part a dimension of its own.
+    ``parts`` as a concatenation, each part a dimension of its own. ``within`` is the concatenation that it is a run of.
     """
 
     sizes: Sizes
@@ -30,6 +31,7 @@ class Axis:
     same: Axis | None = None
     factors: list[Axis] = field(default_factory=list)
     parts: list[list[Axis]] = field(default_factory=list)
+    within: Axis | None = None
 
     @property
     def root(self) -> Axis:
@@ -42,7 +44,8 @@ class Axis:
     def feature(self) -> bool:
         """Whether a parameter has this axis or a part of it; any other axis counts tokens."""
         axis = self.root
-        return axis.weight or any(inner.feature for part in axis.parts for inner in part)
+        inside = any(inner.feature for part in axis.parts for inner in part)
+        return axis.weight or inside or (axis.within is not None and axis.within.feature)
 
     def mark(self) -> None:
         """Say that a parameter has this axis, and everything it is made of."""
@@ -215,7 +218,7 @@ def _grouped(axis: Axis, targets: Sequence[Sizes]) -> list[Dimension]:
                 queue[0:1] = cut(queue[0], [left, _minus(have, left)])
             else:
                 raise DeriveError("a cut lies elsewhere at another width")
-        found.append(group[0] if len(group) == 1 else concatenated(group, target))
+        found.append(group[0] if len(group) == 1 else [Axis(target, parts=group, within=axis)])
     return found
 
 
@@ -236,7 +239,7 @@ def pieces(dimension: Dimension) -> list[Piece]:
     if not packed:
         return [Piece(tuple(axes))]
     if len(packed) > 1:
-        raise DeriveError("a dimension is made of two concatenations")
+        raise DeriveError("a dimension is made of two concatenations", cure=TWICE)
     at = packed[0]
     axis = axes[at]
     offset: Sizes = (0,) * len(axis.sizes)
@@ -245,7 +248,7 @@ def pieces(dimension: Dimension) -> list[Piece]:
     for part in flat(axis):
         extent = size(part, len(offset))
         if any(each.parts for each in part):
-            raise DeriveError("a concatenation within a product is concatenated again")
+            raise DeriveError("a concatenation within a product is concatenated again", cure=TWICE)
         rows = tuple(p * q for p, q in zip(extent, inner, strict=True))
         found.append(Piece((*axes[:at], *part, *axes[at + 1 :]), (axis, offset), rows))
         offset = _plus(offset, extent)

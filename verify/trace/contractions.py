@@ -9,9 +9,12 @@ from widthwise.derive.exponents import ZERO
 from widthwise.derive.graph import Group, Shape, atoms
 from widthwise.derive.laws import NORMAL, ONES, TAPS, UNIT_NORMAL, ZEROS
 from widthwise.verify.trace.axes import Dimension, Piece, identify, new
+from widthwise.verify.trace.clean import family
 from widthwise.verify.trace.context import Axes, Emitter, Key, Value, rule
 from widthwise.verify.trace.entrywise import summed
 from widthwise.verify.trace.sites import Site, Varying
+
+TURNS = ("aten.t", "aten.transpose", "aten.permute", "aten.numpy_T")  # of a matrix, whatever their arguments
 
 
 def _role(emitter: Emitter, site: Site, weight: Site, key: Key) -> str:
@@ -145,9 +148,17 @@ def _mix(emitter: Emitter, site: Site) -> list[Value]:
 # -- products of activations -------------------------------------------------------------------------------------------
 
 
+def matrix(site: Site) -> tuple[Site, bool] | None:
+    """The parameter that a product has on its right, and whether it is as it is stored (x @ W) or turned (x @ W.T)."""
+    right = site.args[1]
+    turned = right.kind == "op" and family(right.op) in TURNS and len(right.shape) == 2
+    weight = right.inputs[0] if turned else right
+    return (weight, not turned) if weight.kind == "parameter" else None
+
+
 def _matmul_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
-    if site.args[1].kind == "parameter":
-        return _linear_map_axes(axes, site, site.args[0], site.args[1], None, input_first=True)
+    if (found := matrix(site)) is not None:
+        return _linear_map_axes(axes, site, site.args[0], found[0], None, input_first=found[1])
     a, b = (axes.of(each) for each in site.args[:2])
     if len(a) < 2 or len(b) < 2:
         raise site.refuse("a matrix product with a vector", "write it as an entrywise product and a linear map")
@@ -157,13 +168,11 @@ def _matmul_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
 
 @rule("aten.matmul", "aten.bmm", "aten.mm", axes=_matmul_axes)
 def _matmul(emitter: Emitter, site: Site) -> list[Value]:
-    if site.args[1].kind == "parameter":
-        return _linear_map(emitter, site, site.args[0], site.args[1], None, input_first=True)
+    if (found := matrix(site)) is not None:
+        return _linear_map(emitter, site, site.args[0], found[0], None, input_first=found[1])
     a, b = (emitter.whole(site, each, "a matrix product") for each in site.args[:2])
     if a in emitter.parameters or b in emitter.parameters:
-        raise site.refuse(
-            "a parameter is multiplied from the left", "write W x as x @ W.T is: nn.Linear, or x @ weight"
-        )
+        raise site.refuse("a parameter is multiplied from the left", "write W x as x @ W.T")
     present = {*atoms(emitter.shapes[a]), *atoms(emitter.shapes[b])}
 
     def make(key: Key, chosen: tuple[Piece, ...]) -> str:

@@ -92,7 +92,7 @@ def _made(make: MakeModel, width: int) -> tuple[torch.nn.Module, tuple[Any, ...]
 
 def _program(module: torch.nn.Module, example: tuple[Any, ...], width: int) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta"):  # also for constants that the model makes on no device
             warnings.simplefilter("ignore")
             return torch.export.export(module, example, strict=False)
     except DeriveError:

@@ -10,6 +10,18 @@ from torch import Tensor
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.trace.standins import expert_linear, mix, rotate, scan, stand_in
 
+STATEFUL = ("initial_state", "initial_states", "cu_seqlens", "seq_idx", "head_first", "z")
+
+
+def _plain(given: dict[str, Any]) -> None:
+    """Refuse what a stand-in would otherwise pass over in silence: states, packed sequences, other layouts and gates.
+
+    Raises:
+        DeriveError: for one that is given.
+    """
+    if told := [name for name in STATEFUL if given.get(name) is not None and given[name] is not False]:
+        raise DeriveError(f"a scan with {', '.join(told)}", cure="trace it without, or register a stand-in of its own")
+
 
 @stand_in(
     "transformers.models.*:torch_chunk_gated_delta_rule",
@@ -26,6 +38,7 @@ def transformers_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
+    _plain(rest)
     return scan(query, key, value, g, beta, None, use_qk_l2norm_in_kernel), None
 
 
@@ -59,6 +72,7 @@ def fla_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
+    _plain(rest)
     return scan(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel), None
 
 
@@ -76,6 +90,7 @@ def mamba2_chunk_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **rest: Any,
 ) -> Tensor:
+    _plain(rest)
     if tuple(dt_limit) != (0.0, float("inf")) or not dt_softplus:
         raise DeriveError(
             f"time steps limited to {dt_limit}, softplus {dt_softplus}", cure="register a stand-in of its own"

@@ -11,6 +11,7 @@ from widthwise.derive.ops import OPS
 from widthwise.verify.trace.axes import identify, resolved
 from widthwise.verify.trace.clean import cleaned, family
 from widthwise.verify.trace.context import RULES, Axes, Emitter, Rule, Value
+from widthwise.verify.trace.contractions import matrix
 from widthwise.verify.trace.entrywise import generic
 from widthwise.verify.trace.fold import folded
 from widthwise.verify.trace.names import Names
@@ -19,7 +20,6 @@ from widthwise.verify.trace.sites import Site, tensors
 from widthwise.verify.trace.taps import with_taps
 
 VIEWS = ("view", "reshape", "slice", "select", "squeeze", "unsqueeze", "transpose", "permute")
-WEIGHTS = {"aten.linear": 1, "aten.matmul": 1, "aten.mm": 1, "aten.addmm": 2}  # where a linear map has its weight
 
 
 def lowered(
@@ -97,13 +97,13 @@ def _axes(sites: Sequence[Site], widths: tuple[int, ...]) -> Axes:
 
 
 def _emitted(emitter: Emitter, site: Site) -> list[Value]:
-    if site.kind == "parameter":
-        return emitter.parameter(site)
-    if site.kind == "input":
-        (chosen,) = [chosen for _, chosen in emitter.keys(emitter.dims(site))]
-        shape = emitter.shape(chosen)
-        return [{frozenset(): emitter.apply(site, "input", (), site.name, shape=shape)}]
     try:
+        if site.kind == "parameter":
+            return emitter.parameter(site)
+        if site.kind == "input":
+            (chosen,) = [chosen for _, chosen in emitter.keys(emitter.dims(site))]
+            shape = emitter.shape(chosen)
+            return [{frozenset(): emitter.apply(site, "input", (), site.name, shape=shape)}]
         return rule_of(site).emit(emitter, site)
     except DeriveError as error:
         raise error if error.where else site.refuse(error.what, error.cure) from None
@@ -128,8 +128,8 @@ def _readouts(logits: Site, sites: Sequence[Site]) -> dict[Site, str]:
         op = family(site.op)
         activations = [each for each in site.inputs if not each.constant and each.kind != "parameter"]
         gained = op != "aten.add" and any(each.kind == "parameter" for each in site.inputs)
-        weight = site.args[WEIGHTS[op]] if op in WEIGHTS else None
-        if weight is not None and weight.kind == "parameter":  # reached through views, sums and numbers alone
+        weight = _weight(site)
+        if weight is not None:  # reached through views, sums with a bias and numbers alone
             readers = [each for each in sites if weight in each.inputs]
             tied = len(readers) > 1
             return {site: site.module.rsplit(".", 1)[-1] or "logits_scale" if tied else "own"}
@@ -141,6 +141,15 @@ def _readouts(logits: Site, sites: Sequence[Site]) -> dict[Site, str]:
             site = activations[0]
         else:
             return {}
+
+
+def _weight(site: Site) -> Site | None:
+    """The parameter of a linear map; None of any other call."""
+    op = family(site.op)
+    if op in ("aten.linear", "aten.addmm"):
+        return site.args[1 if op == "aten.linear" else 2]  # type: ignore[no-any-return]
+    found = matrix(site) if op in ("aten.matmul", "aten.mm") else None
+    return None if found is None else found[0]
 
 
 def _one(emitter: Emitter, site: Site) -> str:

@@ -181,6 +181,8 @@ def _taken(emitter: Emitter, site: Site) -> list[Value]:
     outer = pieces(emitter.dims(site.inputs[0])[dim])
     if len(outer) == 1 and outer[0].key is None:  # along tokens
         return [dict(value) for _ in kept]
+    if sum(map(len, inner)) != len(outer):
+        raise site.refuse(f"a tensor packed of {len(outer)} pieces is cut into {sum(map(len, inner))}")
     made = []
     for at in kept:
         start = sum(map(len, inner[:at]))

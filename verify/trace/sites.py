@@ -47,6 +47,8 @@ class Site:
 
     def refuse(self, what: str, cure: str = "") -> DeriveError:
         """An error that names the call, its module and its line."""
+        if self.kind == "parameter":
+            return DeriveError(what, where=self.names[0], cure=cure or "read it in ops that have rules, or a stand-in")
         at = f"{self.op} in {self.module or 'the model'}" + (f", {self.where}" if self.where else "")
         return DeriveError(what, where=at, cure=cure or "write this part in ops that have rules, or as a stand-in")
 

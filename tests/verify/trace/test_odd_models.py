@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from traced_models import MLP, WIDTHS, Hidden, mlp
+from traced_models import MLP, WIDTHS, Around, Hidden, around, mlp
 
 from widthwise.derive import derive
 from widthwise.derive.errors import DeriveError
@@ -16,26 +16,7 @@ from widthwise.derive.exponents import HALF
 from widthwise.derive.graph_toml import read_graph, write_graph
 from widthwise.derive.ops import pointwise
 from widthwise.derive.ops.registry import OPS, Op, always
-from widthwise.verify.trace import stand_in, trace
-from widthwise.verify.trace.standins import STAND_INS
-
-
-class Around(nn.Module):
-    """A hidden layer with something done around it."""
-
-    def __init__(self, n: int, done, **more: nn.Module) -> None:
-        super().__init__()
-        self.input, self.hidden, self.output = nn.Linear(6, n), nn.Linear(n, n), nn.Linear(n, 5)
-        for name, module in more.items():
-            setattr(self, name, module)
-        self.done = done
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.done(self, self.input(x)))
-
-
-def around(done, **more):
-    return lambda n: (Around(n, done, **{name: make(n) for name, make in more.items()}), (torch.zeros(3, 6),))
+from widthwise.verify.trace import trace
 
 
 def rules(make, optimizer: str = "adamw"):
@@ -105,6 +86,50 @@ class TestWorks:
         assert (table.rule("up").init_std, table.rule("up").lr) == (-HALF, -1)
         assert (table.rule("last").init_std, table.rule("last").multiplier, table.rule("last").lr) == (0, -1, 0)
         assert read_graph(write_graph(graph)).parameters["up"].input_first
+
+    def test_a_weight_turned(self) -> None:
+        """x @ W.T is what nn.Linear computes."""
+        graph = trace(around(lambda m, x: x @ m.hidden.weight.T)).graph
+        assert not graph.parameters["hidden"].input_first
+        assert [node.op for node, _ in graph.consumers("hidden")] == ["linear"]
+        assert derive(graph).rule("hidden").lr == -1
+
+    def test_torchs_own_transformer_layer(self) -> None:
+        """Its q, k, v are taken one by one from a packed projection: each meets what it should."""
+
+        class Layers(nn.Module):
+            def __init__(self, n: int) -> None:
+                super().__init__()
+                self.embed, self.head = nn.Embedding(96, n), nn.Linear(n, 96, bias=False)
+                options = {"batch_first": True, "norm_first": True}
+                self.layers = nn.ModuleList(nn.TransformerEncoderLayer(n, n // 16, 4 * n, **options) for _ in range(2))
+                self.norm = nn.LayerNorm(n)
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                x = self.embed(tokens)
+                for layer in self.layers:
+                    x = layer(x)
+                return self.head(self.norm(x))
+
+        graph = trace(lambda n: (Layers(n), (torch.zeros(2, 6, dtype=torch.long),))).graph
+        read = {"scores": {"q", "k"}, "o": {"q", "k", "v"}}
+        names = {f"in_proj_weight_{at}": name for at, name in enumerate("qkv")}
+        for tensor, wanted in read.items():
+            above, waiting = set(), [tensor]
+            while waiting:
+                for source in graph.makers[waiting.pop()].inputs:
+                    above.add(source)
+                    waiting += [source] if source in graph.makers else []
+            assert {names[each] for each in names.keys() & above} == wanted
+        table = derive(graph)
+        assert all((table.rule(role).init_std, table.rule(role).lr) == (-HALF, -1) for role in names)
+
+    def test_constants_made_on_no_device(self) -> None:
+        def done(m, x):
+            places = torch.arange(x.shape[0])
+            return m.hidden(x.masked_fill(places[:, None] > 1, 0.0))
+
+        assert rules(around(done)).rule("hidden").lr == -1
 
     def test_a_layer_used_twice(self) -> None:
         table = rules(around(lambda m, x: m.hidden(m.hidden(x).relu()).relu()))
@@ -180,27 +205,6 @@ class TestWorks:
         assert derive(trace(make).graph).rule("hidden").lr == -1
 
 
-def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """What cannot be traced: it looks at values."""
-    return x * y if bool((x > 0).all()) else y
-
-
-class TestStandIns:
-    def test_five_lines(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        make = around(lambda m, x: kernel(m.hidden(x), x))
-        with pytest.raises(DeriveError, match="refuses the model at width 128"):
-            trace(make)
-        monkeypatch.setattr("widthwise.verify.trace.standins.STAND_INS", dict(STAND_INS))
-
-        @stand_in(f"{__name__}:kernel")
-        def gate(x: Tensor, y: Tensor) -> Tensor:
-            return torch.sigmoid(x) * y
-
-        before = kernel
-        assert derive(trace(make).graph).rule("hidden").lr == -1
-        assert kernel is before
-
-
 class Branch(MLP):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -236,7 +240,7 @@ class TestRefused:
         self.check(
             around(lambda m, x: torch.cumsum(m.hidden(x), -1)),
             r"aten.cumsum.default has no rule",
-            r"test_odd_models.py:\d+",
+            r"traced_models.py:\d+",
             "stand_in",
         )
 
@@ -265,13 +269,24 @@ class TestRefused:
             def forward(self, x: Tensor) -> Tensor:
                 return (self.weight @ x.T).T
 
-        self.check(around(lambda m, x: m.odd(x), odd=Left), "multiplied from the left", "nn.Linear")
+        self.check(around(lambda m, x: m.odd(x), odd=Left), "multiplied from the left", "x @ W.T")
 
     def test_a_weight_used_both_ways(self) -> None:
         def done(m, x):
             return m.hidden(x) @ m.hidden.weight
 
         self.check(around(done), "hidden.weight transposed, and another call does not")
+
+    def test_what_is_cut_twice(self) -> None:
+        """Halves of heads of a packed projection: said with its place."""
+
+        def done(m, x):
+            q, _ = m.both(x).chunk(2, -1)
+            a, b = q.view(3, -1, 16).chunk(2, -1)
+            return m.hidden(torch.cat([-b, a], -1).flatten(1))
+
+        make = around(done, both=lambda n: nn.Linear(n, 2 * n))
+        self.check(make, "concatenated again", r"both\.weight", "rotate")
 
     def test_a_scale_that_follows_no_power(self) -> None:
         self.check(around(lambda m, x: m.hidden(x) * (1 + 1 / x.shape[-1])), "follow no power of the width")

@@ -144,3 +144,21 @@ def qwen3_next(n: int) -> Made:
         use_cache=False,
     )
     return transformers.Qwen3NextForCausalLM(config), tokens()
+
+
+class Around(nn.Module):
+    """A hidden layer with something done around it."""
+
+    def __init__(self, n: int, done, **more: nn.Module) -> None:
+        super().__init__()
+        self.input, self.hidden, self.output = nn.Linear(6, n), nn.Linear(n, n), nn.Linear(n, 5)
+        for name, module in more.items():
+            setattr(self, name, module)
+        self.done = done
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.done(self, self.input(x)))
+
+
+def around(done, **more):
+    return lambda n: (Around(n, done, **{name: make(n) for name, make in more.items()}), (torch.zeros(3, 6),))
