@@ -154,6 +154,15 @@ def test_an_optimizer_that_evaluates_the_loss_itself_is_given_a_way_to(mine: Cal
     assert Path("coord_check.json").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--tied"], ["--optimizer", "sgd", "--scaling", "head-dim-fixed"]])
+def test_a_generated_model_in_the_absorbed_gauge(tmp_path: Path, options: list[str]) -> None:
+    words = ["coord-check", "gated_deltanet", "--gauge", "absorbed", "--seeds", "6", "--no-plot", "-o", str(tmp_path)]
+    ran = CliRunner().invoke(cli, [*words, *options])
+    assert ran.exit_code == 0, ran.output
+    assert "the generated model" in ran.output
+    assert "absorbed gauge" in ran.output
+
+
 def test_alignment_says_which_assumptions_hold_and_from_where_others_would() -> None:
     ran = CliRunner().invoke(cli, ["coord-check", "gated_deltanet", "--alignment", "--seeds", "3", "--steps", "1"])
     assert ran.exit_code == 0, ran.output
