@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from widthwise.kernels.memory import pool
+
 CHUNK = 32
 
 
@@ -25,6 +27,7 @@ class Layout:
     the chunks that can be stepped together are contiguous and belong to the first ``width`` sequences of ``order``.
     """
 
+    sequences: int  # N
     order: Tensor | None  # [N] sequences, longest first; None where that is as they come
     steps: list[tuple[int, int]]  # per step of the recurrence, its range of chunks
     tokens: Tensor  # [M, C] index into the B*T tokens; 0 in padding
@@ -39,7 +42,7 @@ class Layout:
         if cu_seqlens is None and time % CHUNK == 0:
             depth, none = time // CHUNK, torch.empty(0, dtype=torch.int64, device=device)
             steps = list(pairwise(range(0, depth * batch + 1, batch)))
-            return Layout(None, steps, none, None, none, (depth, batch))
+            return Layout(batch, None, steps, none, None, none, (depth, batch))
         if cu_seqlens is None:
             bounds = torch.arange(0, batch * time + 1, time, device=device)
         else:
@@ -58,7 +61,7 @@ class Layout:
         places = torch.empty(batch * time, dtype=torch.int64, device=device)
         places[tokens[valid]] = valid.flatten().nonzero().squeeze(1)
         steps = list(pairwise(ends))
-        return Layout(order, steps, tokens, None if bool(valid.all()) else ~valid, places)
+        return Layout(len(order), order, steps, tokens, None if bool(valid.all()) else ~valid, places)
 
     @property
     def chunks(self) -> int:
@@ -69,9 +72,7 @@ class Layout:
         heads, rest = x.shape[2], x.shape[3:]
         groups = value_heads // heads
         if self.grid is not None:
-            depth, batch = self.grid
-            rows = torch.unflatten(x, 1, (depth, CHUNK)).permute(1, 0, 3, 2, *range(4, x.dim() + 1)).unsqueeze(3)
-            torch.unflatten(into, 0, (depth, batch, heads, groups)).copy_(rows)
+            torch.unflatten(into, 0, (*self.grid, heads, groups)).copy_(self.by_chunk(x))
             return into
         served = torch.arange(value_heads, device=x.device) // groups
         index = self.tokens[:, None, :] * heads + served[:, None]  # [M, HV, C]
@@ -80,31 +81,40 @@ class Layout:
             into.masked_fill_(self.padding.repeat_interleave(value_heads, 0).view(-1, CHUNK, *[1] * len(rest)), 0)
         return into
 
-    def scatter(self, chunks: Tensor, like: Tensor) -> Tensor:
+    def scatter(self, chunks: Tensor, like: Tensor, times: Tensor | None = None) -> Tensor:
         """[M*HV, C, ...] -> the shape and dtype of ``like``, [B, T, h, ...]: summed over the value heads that a head
-        serves."""
+        serves. What is scattered is ``chunks * times``, where that is given; ``chunks`` may be overwritten."""
         batch, time, heads = like.shape[:3]
         value_heads = chunks.shape[0] // self.chunks
-        shape = (batch, time, heads, value_heads // heads, *like.shape[3:])
+        groups, rest = value_heads // heads, like.shape[3:]
+        scattered = pool.empty(like.shape, like, like.dtype)
         if self.grid is not None:
-            x = torch.unflatten(chunks, 0, (*self.grid, heads, shape[3])).permute(
-                1, 0, 4, 2, 3, *range(5, chunks.dim() + 3)
-            )
-            if heads < value_heads:
-                x = x.sum(4, keepdim=True)
-            scattered = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            scattered.view(x.shape).copy_(x)
+            place = self.by_chunk(scattered)
+            x = torch.unflatten(chunks, 0, (*self.grid, heads, groups))
+            factor = None if times is None else torch.unflatten(times, 0, (*self.grid, heads, groups))
+            if groups > 1:
+                place.copy_((x if factor is None else x.mul_(factor)).sum(3, keepdim=True))
+            elif factor is None or like.dtype != chunks.dtype:
+                place.copy_(x if factor is None else x.mul_(factor))
+            else:
+                torch.mul(x, factor, out=place)
             return scattered
+        chunks = chunks if times is None else chunks.mul_(times)
         places = self.places[:, None]
         head = torch.arange(value_heads, device=chunks.device)
         rows = (places // CHUNK * value_heads + head) * CHUNK + places % CHUNK  # [B*T, HV]
-        x = chunks.reshape(-1, *chunks.shape[2:]).index_select(0, rows.flatten()).view(shape)
-        return (x.squeeze(3) if heads == value_heads else x.sum(3)).to(like.dtype)
+        x = chunks.reshape(-1, *rest).index_select(0, rows.flatten()).view(batch, time, heads, groups, *rest)
+        return scattered.copy_(x.squeeze(3) if groups == 1 else x.sum(3))
 
-    def states(self, given: Tensor | None, like: Tensor, sequences: int, heads: int, K: int, V: int) -> Tensor:
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """[B, T, h, ...] as a view [depth, B, h, 1, C, ...] of whole chunks."""
+        assert self.grid is not None
+        return torch.unflatten(x, 1, (self.grid[0], CHUNK)).permute(1, 0, 3, 2, *range(4, x.dim() + 1)).unsqueeze(3)
+
+    def states(self, given: Tensor | None, like: Tensor, heads: int, K: int, V: int) -> Tensor:
         """[N, HV, K, V], or zeros, -> [N*HV, K, V] in the order of the recurrence; always a fresh tensor."""
         if given is None:
-            return like.new_zeros(sequences * heads, K, V)
+            return like.new_zeros(self.sequences * heads, K, V)
         ordered = given.clone() if self.order is None else given.index_select(0, self.order)
         return ordered.to(like.dtype).reshape(-1, K, V)
 

@@ -28,7 +28,6 @@ from widthwise.kernels.chunk_layout import CHUNK, Layout, chunk_bound
 from widthwise.kernels.memory import pool
 from widthwise.kernels.reference import L2_EPS
 
-SLAB = 8 << 20  # bytes of chunks that are worked through at a time, which the caches should hold
 # exp(-1e4) is 0 in every dtype, so nothing is lost, and -inf becomes a number that can be subtracted.
 LOWEST_GATE = -1e4
 
@@ -73,27 +72,12 @@ class Chunks(NamedTuple):
         parts = torch.split(saved[: Chunks.size(Z, K, V)], [math.prod(shape) for shape in shapes])
         return Chunks(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
 
-    def only(self, some: slice) -> "Chunks":
-        return Chunks(*(x[:, some] if x.dim() == 4 else x[some] for x in self))
 
-
-def slabs(c: Chunks, sizes: list[int]) -> list[tuple[slice, slice]]:
-    """Steps of the recurrence that are worked through together, with their chunks: what they need stays in the caches.
-    ``sizes``: how many chunks each step has."""
-    chunk_bytes = sum(x.nbytes for x in c) // len(c.v)
-    together: list[tuple[slice, slice]] = []
-    first, chunks = 0, 0
-    for step, size in enumerate(sizes, 1):
-        chunks += size
-        if chunks * chunk_bytes >= SLAB or step == len(sizes):
-            end = together[-1][1].stop if together else 0
-            together.append((slice(first, step), slice(end, end + chunks)))
-            first, chunks = step, 0
-    return together
-
-
-def fill(c: Chunks, gates: Tensor, normalize: bool) -> None:
-    """Everything else that can be computed without the states, from q, k, v, beta and g [Z, C]."""
+def fill(c: Chunks, layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, normalize: bool) -> None:
+    """Everything that can be computed without the states: all of ``c`` but ``entering``."""
+    heads = v.shape[2]
+    for x, into in ((q, c.qk[0]), (k, c.qk[1]), (v, c.v), (beta, c.beta.squeeze(-1))):
+        layout.gather(x, heads, into)
     if normalize:
         torch.linalg.vector_norm(c.qk, dim=-1, keepdim=True, out=c.norms)
         c.qk.mul_(c.norms.square_().add_(L2_EPS).rsqrt_())
@@ -101,6 +85,7 @@ def fill(c: Chunks, gates: Tensor, normalize: bool) -> None:
         c.norms.fill_(1)
     keys = c.qk[1]
     # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
+    gates = layout.gather(g, heads, c.v.new_empty(c.v.shape[:2], dtype=torch.float64)).clamp_(min=LOWEST_GATE)
     total = gates.cumsum(-1).unsqueeze(-1)
     # Above the diagonal are non-negative exponents, which must not be exponentiated (nor be -inf: that exp is slow).
     torch.sub(total, total.mT, out=c.decay).clamp_(max=0).exp_().tril_()
@@ -140,6 +125,11 @@ def scratch(like: Tensor) -> Tensor:
     return pool.empty(like.shape, like, like.dtype)
 
 
+def product(a: Tensor, b: Tensor, out: Tensor, scale: float) -> Tensor:
+    """``out`` = scale a b, whatever ``out`` held."""
+    return out.baddbmm_(a, b, beta=0, alpha=scale)
+
+
 def row_dots(x: Tensor, y: Tensor, spent: Tensor) -> Tensor:
     """The products of the rows of x and y. Overwrites ``spent``."""
     dots: Tensor = torch.mul(x, y, out=spent).sum(-1)
@@ -166,43 +156,36 @@ def forward(
     """See :meth:`widthwise.kernels.op.Backend.forward`. Saved are :class:`Chunks`, in one tensor."""
     (batch, time), heads, K, V = q.shape[:2], v.shape[2], q.shape[-1], v.shape[-1]
     layout, dtype = Layout.of(batch, time, cu_seqlens, q.device), state_dtype(q.dtype)
-    N = batch if cu_seqlens is None else len(cu_seqlens) - 1
     Z = layout.chunks * heads
     saved = pool.empty([Chunks.size(chunk_bound(q, cu_seqlens) * heads, K, V)], q, dtype)
-    saved[Chunks.size(Z, K, V) :].zero_()  # spare chunks
+    saved[Chunks.size(Z, K, V) :].zero_()  # spare chunks, which nothing reads
     c = Chunks.of(saved, Z, K, V)
-    for x, place in ((q, c.qk[0]), (k, c.qk[1]), (v, c.v), (beta, c.beta.squeeze(-1))):
-        layout.gather(x, heads, place)
-    gates = layout.gather(g, heads, g.new_empty(Z, CHUNK, dtype=torch.float64)).clamp_(min=LOWEST_GATE)
-    state, o = layout.states(initial_state, c.u, N, heads, K, V), scratch(c.u)
-
-    sizes = [(end - start) * heads for start, end in layout.steps]
-    entering = [*torch.split(c.entering, sizes), state[:0]]
-    entering[0].copy_(state[: sizes[0]])
-    # Views for every step are made by one call each: in this loop, calls cost as much as arithmetic.
-    views = (torch.split(x, sizes) for x in (c.w, c.u, c.into[:, -1:], c.k_out.mT))
-    each = list(zip(entering, entering[1:], *views, strict=False))
-    for steps, some in slabs(c, sizes):
-        part = c.only(some)
-        fill(part, gates[some], normalize_qk)
-        for now, after, w, u, decay, k_out in each[steps]:
-            u.baddbmm_(w, now, alpha=-1)
-            leave(now, decay, k_out, u, after, state)
-        torch.bmm(part.pairs[0], part.u, out=o[some])
-        asking = torch.mul(part.qk[0], part.into, out=scratch(part.w))
-        o[some].baddbmm_(asking, part.entering, beta=scale, alpha=scale)
+    fill(c, layout, q, k, v, g, beta, normalize_qk)
+    state = layout.states(initial_state, c.u, heads, K, V)
+    walk(layout, heads, c, state)
+    o = torch.bmm(c.pairs[0], c.u, out=scratch(c.u))
+    asking = torch.mul(c.qk[0], c.into, out=scratch(c.w))
+    o.baddbmm_(asking, c.entering, beta=scale, alpha=scale)
     return layout.scatter(o, v), layout.unsort(state, heads), (saved,)
 
 
-def leave(now: Tensor, decay: Tensor, k_out: Tensor, u: Tensor, after: Tensor, state: Tensor) -> None:
-    """S' of the sequences that go on, into ``after``, where the next step looks for it; of those that end, into
-    ``state``."""
-    more, every = len(after), len(now)
-    if more == every:
-        torch.mul(now, decay, out=after).baddbmm_(k_out, u)
-        return
-    for some, place in ((slice(more), after), (slice(more, every), state[more:every])):
-        torch.mul(now[some], decay[some], out=place).baddbmm_(k_out[some], u[some])
+def walk(layout: Layout, heads: int, c: Chunks, state: Tensor) -> None:
+    """The recurrence: fills ``c.entering``, completes ``c.u``, and takes ``state`` from the initial to the final ones.
+
+    What leaves a chunk is computed where it enters the next, or where it ends. Views for every step are made by one
+    call each: in this loop, calls cost as much as arithmetic."""
+    sizes = [(end - start) * heads for start, end in layout.steps]
+    entering = torch.split(c.entering, sizes)
+    views = (torch.split(x, sizes) for x in (c.w, c.u, c.into[:, -1:], c.k_out.mT))
+    entering[0].copy_(state[: sizes[0]])
+    for now, after, w, u, decay, k_out in zip(entering, [*entering[1:], state[:0]], *views, strict=True):
+        u.baddbmm_(w, now, alpha=-1)
+        more, every = len(after), len(now)
+        if more == every:
+            torch.mul(now, decay, out=after).baddbmm_(k_out, u)
+            continue
+        for some, place in ((slice(more), after), (slice(more, every), state[more:every])):
+            torch.mul(now[some], decay[some], out=place).baddbmm_(k_out[some], u[some])
 
 
 def saved_like(
@@ -238,83 +221,76 @@ def backward(
     """See :meth:`widthwise.kernels.op.Backend.backward`. ``dx`` is the gradient with respect to ``x`` throughout."""
     (batch, time), heads, K, V = q.shape[:2], v.shape[2], q.shape[-1], v.shape[-1]
     layout = Layout.of(batch, time, cu_seqlens, q.device)
-    N = batch if cu_seqlens is None else len(cu_seqlens) - 1
     c = Chunks.of(saved[0], layout.chunks * heads, K, V)
-    both = pool.empty((2, *c.u.shape), c.u, c.u.dtype)
-    layout.gather(do, heads, both[0])
-    dqk, dgates, dwriting = scratch(c.qk), c.beta.new_empty(c.beta.shape[:2]), c.beta.new_empty(c.beta.shape[:2])
-    dstate = layout.states(dfinal_state, c.u, N, heads, K, V)
-
-    sizes = [(end - start) * heads for start, end in layout.steps]
-    k_out, w, decay = (torch.split(x, sizes) for x in (c.k_out, c.w.mT, c.into[:, -1:]))
-    for steps, some in reversed(slabs(c, sizes)):
-        part, mine, dout = c.only(some), sizes[steps], both[0, some].mul_(scale)
-        # The recurrence backward: dU = (what O asks of U) + D_C K dS', dS = (what O asks of S) + e_C dS' - W^T dU.
-        du = torch.bmm(part.pairs[0].mT, dout, out=scratch(part.u))
-        asked = torch.bmm(torch.mul(part.qk[0], part.into, out=scratch(part.w)).mT, dout, out=scratch(part.entering))
-        dleaving = scratch(part.entering)
-        views = (reversed(torch.split(x, mine)) for x in (du, asked, dleaving))
-        for i, du_now, asked_now, leaving in zip(range(steps.stop - 1, steps.start - 1, -1), *views, strict=True):
-            active = dstate[: sizes[i]]
-            leaving.copy_(active)
-            du_now.baddbmm_(k_out[i], leaving)
-            torch.addcmul(asked_now, leaving, decay[i], out=active).baddbmm_(w[i], du_now, alpha=-1)
-        gradients(part, both[:, some], du, dleaving, asked, dqk[:, some], dgates[some], dwriting[some], normalize_qk)
-    chunks = (*dqk, both[1], dgates, dwriting)
-    dq, dk, dv, dg, dbeta = (layout.scatter(d, x) for d, x in zip(chunks, (q, k, v, g, beta), strict=True))
-    return dq, dk, dv, dg, dbeta, None if initial_state is None else layout.unsort(dstate, heads)
-
-
-def gradients(
-    c: Chunks,
-    do_dwrite: Tensor,
-    du: Tensor,
-    dleaving: Tensor,
-    spent_state: Tensor,
-    dqk: Tensor,
-    dg: Tensor,
-    dbeta: Tensor,
-    normalize_qk: bool,
-) -> None:
-    """Every gradient of chunks from those of O, U and S': into ``dqk``, ``dg``, ``dbeta``, and ``do_dwrite[1]`` for v.
-    Overwrites ``du`` and ``spent_state``."""
     queries, keys = c.qk
+    do_dwrite = pool.empty((2, *c.u.shape), c.u, c.u.dtype)
+    layout.gather(do, heads, do_dwrite[0])
+    dstate = layout.states(dfinal_state, c.u, heads, K, V)
+    du, dleaving, spent_state = walk_back(layout, heads, c, do_dwrite[0], dstate, scale)
+
     # The writes, U = (I + A)^-1 beta (V - e K S), with dwrite of beta (V - e K S).
     dwrite = torch.bmm(c.inverse.mT, du, out=do_dwrite[1])
     # Within the chunk: of Q K^T, and times -beta, that of K K^T; through the entering state: of Q, and that of K.
-    cross = scratch(c.pairs)
-    for x, through_pairs, through_state in zip(do_dwrite, cross, dqk, strict=True):
-        torch.bmm(x, c.u.mT, out=through_pairs)
-        torch.bmm(x, c.entering.mT, out=through_state)
+    cross, dqk = scratch(c.pairs), scratch(c.qk)
+    for x, through_pairs, through_state, factor in zip(do_dwrite, cross, dqk, (scale, 1.0), strict=True):
+        product(x, c.u.mT, through_pairs, factor)
+        product(x, c.entering.mT, through_state, factor)
     # No gate touches the diagonals, so gradients through the decays leave them out.
     pairs, recalled = torch.mul(cross, c.pairs, out=scratch(cross))
     without_diagonal(cross.mul_(c.decay)[1].mul_(-c.beta))
-    dq, dk = dqk
-    dq.mul_(c.into)
-    dk.mul_(-c.into)
-    spent = scratch(c.qk)
-    asking, asked_k = row_dots(c.qk, dqk, spent)
-    dk.mul_(c.beta)
-    dk_out = torch.bmm(c.u, dleaving.mT, out=scratch(keys)).mul_(c.out)
-    left = row_dots(keys, dk_out, spent[0])
+    spent, into, weight = scratch(dqk), c.into.squeeze(-1), c.beta.squeeze(-1)
+    asking, asked_k = row_dots(c.qk, dqk, spent).mul_(into)
+    dqk.mul_(torch.stack([c.into, -c.into * c.beta]))
+    dk_out = torch.bmm(c.u, dleaving.mT, out=scratch(keys))
+    left = row_dots(c.k_out, dk_out, spent[0])
 
-    weight = c.beta.squeeze(-1)
-    torch.add(row_dots(c.v, dwrite, du).sub_(recalled.sum(-1)), asked_k, out=dbeta)
-    passed = row_dots(c.entering, dleaving, spent_state).sum(-1, keepdim=True) * c.into[:, -1]
+    dbeta = row_dots(c.v, dwrite, du).sub_(asked_k).sub_(recalled.sum(-1))
+    passed = row_dots(c.entering, dleaving, spent_state).sum(-1, keepdim=True) * into[:, -1:]
     crossing = without_diagonal(pairs.addcmul_(recalled, c.beta, value=-1))
-    gate_gradient(crossing, asking + asked_k * weight, left, passed, recalled, dg)
+    dg = gate_gradient(crossing, asking.addcmul_(asked_k, weight, value=-1), left, passed, recalled)
+    dq, dk = dqk
     dq.baddbmm_(cross[0], keys)
-    dk.baddbmm_(cross[1], keys).baddbmm_(cross[0].mT, queries).baddbmm_(cross[1].mT, keys).add_(dk_out)
+    dk.baddbmm_(cross[1], keys).baddbmm_(cross[0].mT, queries).baddbmm_(cross[1].mT, keys).addcmul_(dk_out, c.out)
     if normalize_qk:  # y = x r, r = (sum x^2 + eps)^(-1/2) has the gradient r (dy - y (y . dy))
-        along = row_dots(c.qk, dqk, spent).unsqueeze(-1)
-        dqk.addcmul_(c.qk, along, value=-1).mul_(c.norms)
-    dwrite.mul_(c.beta)
+        dqk.addcmul_(c.qk, row_dots(c.qk, dqk, spent).unsqueeze(-1), value=-1)
+    unit_q, unit_k = c.norms if normalize_qk else (None, None)
+    return (
+        layout.scatter(dq, q, unit_q),
+        layout.scatter(dk, k, unit_k),
+        layout.scatter(dwrite, v, c.beta),
+        layout.scatter(dg, g),
+        layout.scatter(dbeta, beta),
+        None if initial_state is None else layout.unsort(dstate, heads),
+    )
 
 
-def gate_gradient(pairs: Tensor, entered: Tensor, left: Tensor, passed: Tensor, spent: Tensor, dg: Tensor) -> None:
+def walk_back(
+    layout: Layout, heads: int, c: Chunks, do: Tensor, dstate: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence backward: dU = (what O asks of U) + D_C K dS', dS = (what O asks of S) + e_C dS' - W^T dU.
+
+    Returns dU [Z, C, V], dS' [Z, K, V] and spent memory of that size, and takes ``dstate`` from the final to the
+    initial states' gradient. What enters a chunk is computed where it leaves the one before."""
+    du = product(c.pairs[0].mT, do, scratch(c.u), scale)
+    asked = product(torch.mul(c.qk[0], c.into, out=scratch(c.w)).mT, do, scratch(c.entering), scale)
+    dleaving = scratch(c.entering)
+    sizes = [(end - start) * heads for start, end in layout.steps]
+    parts = (torch.split(x, sizes)[::-1] for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:]))
+    before = [*torch.split(dleaving, sizes)[-2::-1], dstate[: sizes[0]]]
+    dleaving[layout.steps[-1][0] * heads :].copy_(dstate[: sizes[-1]])
+    for leaving, du_now, asked_now, k_out, w, decay, place in zip(*parts, before, strict=True):
+        du_now.baddbmm_(k_out, leaving)
+        now, then = len(leaving), len(place)
+        torch.addcmul(asked_now, leaving, decay, out=place[:now]).baddbmm_(w, du_now, alpha=-1)
+        if now < then:  # these sequences end there
+            place[now:].copy_(dstate[now:then])
+    return du, dleaving, asked
+
+
+def gate_gradient(pairs: Tensor, entered: Tensor, left: Tensor, passed: Tensor, spent: Tensor) -> Tensor:
     """Gate t is crossed by every path from before t to t or later: within the chunk from j < t to i >= t (``pairs``
     [Z, C, C]), from the entering state to i >= t (``entered`` [Z, C]), from j < t to the leaving state (``left``
     [Z, C]), and from the one state to the other (``passed`` [Z, 1]). Overwrites ``spent``."""
     before = torch.ones_like(pairs[0]).triu(1)  # [j, t]: j < t
-    torch.sum(torch.matmul(pairs, before, out=spent).mul_(torch.ones_like(before).tril()), -2, out=dg)
-    dg.addmm_(left, before).add_(passed).add_(entered.flip(-1).cumsum(-1).flip(-1))
+    crossing = torch.matmul(pairs, before, out=spent).mul_(torch.ones_like(before).tril()).sum(-2)
+    return crossing.addmm_(left, before).add_(entered.flip(-1).cumsum(-1).flip(-1)).add_(passed)
