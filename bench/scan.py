@@ -3,7 +3,8 @@
     python bench/scan.py                     ours alone
     python bench/scan.py --peers             with flash-linear-attention and FlashQLA, where they are installed
     python bench/scan.py --only 1 --names flashqla   one row, one implementation, in a process of its own
-    python bench/scan.py --compile 0/4       fill the peers' compile caches, a quarter of what FLA may choose from
+    python bench/scan.py --compile 0/4       fill the peers' compile caches, a quarter of what FLA may choose from and
+                                             of the rows of FlashQLA
     python bench/scan.py --first             seconds to the first forward+backward, compile cache empty
     python bench/scan.py --launches          the medians of our own launches, in µs, by the profiler
 
@@ -22,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
+import triton.testing
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -72,6 +75,8 @@ def peers(names: list[str]) -> dict[str, Implementation]:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as fla_rule
 
         guarded.TRITON_ABOVE_3_7_1 = True
+        timing, whole = triton.testing, triton.testing.do_bench  # hundreds of configurations: a fifth of the time each
+        timing.do_bench = lambda call, quantiles: whole(call, warmup=5, rep=20, quantiles=quantiles)
         found["fla"] = lambda *x: fla_rule(*x, use_qk_l2norm_in_kernel=True)[0]
     except ImportError as error:
         print("no fla:", error, flush=True)
@@ -218,8 +223,8 @@ def first_result(row: tuple) -> float:
     return float(run.stdout.split()[-1])
 
 
-def fill_caches(part: str) -> None:
-    """Compile, in a process of ``part`` = "index/parts", what the peers would compile, without timing anything.
+def fill_caches(part: str, names: list[str]) -> None:
+    """Compile, in a process of ``part`` = "index/parts", what these peers would compile, without timing anything.
 
     FlashQLA compiles for a shape: its rows are shared out. FLA tries configurations: each process compiles its share
     of them. Autotuning itself is left to the process that measures.
@@ -238,7 +243,7 @@ def fill_caches(part: str) -> None:
         return [float(place)] * 3
 
     Autotuner._bench = compile_only
-    rules = peers(list(PEERS))
+    rules = peers(names)
     for number, row in enumerate(ROWS, 1):
         shortened = (min(row[0], 2), 256, *row[2:])
         for name, rule in rules.items():
@@ -265,14 +270,12 @@ def main() -> None:
     parser.add_argument("--launches", action="store_true")
     parser.add_argument("--out", help="a JSON file for all figures")
     arguments = parser.parse_args()
-    import triton
-
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, flush=True)
     if arguments.first:
         print(f"first forward+backward: {first_result(ROWS[0]):.1f} s", flush=True)
         return
     if arguments.compile:
-        fill_caches(arguments.compile)
+        fill_caches(arguments.compile, arguments.names.split(",") if arguments.names else list(PEERS))
         return
     names = arguments.names.split(",") if arguments.names else ["widthwise", *(PEERS if arguments.peers else ())]
     rules = {"widthwise": widthwise} if "widthwise" in names else {}

@@ -73,7 +73,7 @@ def gradients_kernel(
     KEPT: tl.constexpr = BLOCK_V if BLOCK_V >= 64 else BLOCK_K
     program = tl.program_id(0)
     head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
-    token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
+    _, _, token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
     if left <= 0:
         return
     q += token * q_token + (head // GROUP) * q_head
@@ -248,12 +248,14 @@ def gradients_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def finish_kernel(
-    x, dx_parts, dx, tokens,
+    x, dx_parts, dx, factor, tokens,
     x_token: tl.constexpr, x_head: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, NORMALIZE: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALIZE: tl.constexpr, UNIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """dx [tokens, HEADS, K] from ``dx_parts`` [tokens, HEADS * GROUP, K]: summed over the group, then through the
-    normalization of x. One program C tokens and a head; a whole row in each."""
+    """dx [tokens, HEADS, K] from ``dx_parts`` [tokens, HEADS * GROUP, K]: summed over the group, with SCALED times
+    ``factor``, with NORMALIZE through the normalization of x: for constant norms first, if with UNIT that is still to
+    be done, then without the part along x. One program C tokens and a head; a whole row in each."""
     program = tl.program_id(0)
     head, token = program % HEADS, (program // HEADS).to(tl.int64) * CHUNK
     left = (tokens - token).to(tl.int32)
@@ -262,8 +264,13 @@ def finish_kernel(
     for member in range(GROUP):
         part = dx_parts + ((token * HEADS + head) * GROUP + member) * K
         dx_tile += load_tile(part, HEADS * GROUP * K, left, i_k, K, BLOCK_K)
+    if SCALED:
+        dx_tile *= tl.load(factor)
     if NORMALIZE:
         x_tile = load_tile(x + token * x_token + head * x_head, x_token, left, i_k, K, BLOCK_K).to(tl.float32)
-        share = tl.sum(x_tile * dx_tile, 1) / (tl.sum(x_tile * x_tile, 1) + L2_EPS)
+        square = tl.sum(x_tile * x_tile, 1) + L2_EPS
+        if UNIT:
+            dx_tile *= tl.rsqrt(square)[:, None]
+        share = tl.sum(x_tile * dx_tile, 1) / square
         dx_tile -= x_tile * share[:, None]
     store_tile(dx + (token * HEADS + head) * K, HEADS * K, left, i_k, dx_tile, K)

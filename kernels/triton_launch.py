@@ -1,13 +1,7 @@
 """How a launch is laid out: the chunks of the batch, and block sizes chosen from shape and chip, never by trial.
 
 Everything a kernel is compiled for comes from the model (heads, widths, types, memory layout of a token) and the
-chip; B, T and the number of sequences are plain arguments. They do choose, coarsely, how V is cut in the sequential
-walks: a model whose batches leave multiprocessors idle at one size and not at another meets up to three variants of
-each walk, compiled once each.
-
-Sixteen-bit walks always have two stages or more: with one, Triton 3.6's code reads outside shared memory. And they
-have four warps: with eight, it lays all of them along the 64 rows of a chunk where dots are chained, which is twice
-the rows there are.
+chip; B, T and the number of sequences are plain arguments.
 """
 
 from dataclasses import dataclass
@@ -21,6 +15,7 @@ except ImportError:  # an older Triton: pointers everywhere
     TensorDescriptor = None
 
 CHUNK = 64
+SHORTEST = 8  # chunks in a segment of a sequence that is walked in several places
 
 
 @dataclass(frozen=True)
@@ -63,31 +58,32 @@ def lay_out(q: Tensor, cu_seqlens: Tensor | None) -> Batch:
 
 
 def by_token(x: Tensor) -> Tensor:
-    """``x`` [B, T, ...] as [B * T, ...] in a layout kernels read: rows contiguous, strides the same for any B and T.
+    """``x`` [B, T, ...] as [B * T, ...] in a layout kernels read: rows contiguous, strides the same for any B and T,
+    and where there are rows [B, T, heads, width], in the steps of 16 bytes that the copy engine takes.
 
     A view where there is one (a slice of a fused projection, say), else a copy.
     """
     flat = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     rows_apart = flat[0].numel() > 1 and any(s > flat.stride(0) or s <= 0 for s in flat.stride()[1:])
-    if (x.dim() == 4 and flat.stride(-1) != 1) or rows_apart or flat.stride(0) <= 0:
+    if rows_apart or flat.stride(0) <= 0 or (x.dim() == 4 and not in_steps(flat)):
         flat = flat.contiguous()
     if flat.shape[0] == 1:  # the stride of a lone token is arbitrary
         flat = flat.as_strided(flat.shape, (flat[0].numel(), *flat.stride()[1:]))
     return flat
 
 
-def describable(*tensors: Tensor) -> bool:
-    """Whether the copy engine, which Hopper has and which takes 16-byte steps, can read such tensors, and should:
-    not in fp32, whose tiles pass through registers in any case."""
-    size = tensors[0].element_size()
-    if TensorDescriptor is None or size == 4:
+def in_steps(x: Tensor) -> bool:
+    """Whether rows of ``x`` are contiguous and begin at multiples of 16 bytes."""
+    steps = (x.data_ptr(), *(step * x.element_size() for step in x.stride()[:-1]))
+    return x.stride(-1) == 1 and all(step % 16 == 0 for step in steps)
+
+
+def describable(x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether tiles of ``x`` can come by the copy engine: where there is one, and no packed sequences, past whose ends
+    it would read."""
+    if TensorDescriptor is None or cu_seqlens is not None:
         return False
-    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device)[0] < 9:
-        return False
-    return all(
-        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(size * step % 16 == 0 for step in x.stride()[:-1])
-        for x in tensors
-    )
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def describe(x: Tensor, batch: Batch, block: int) -> TensorDescriptor:
@@ -100,9 +96,9 @@ def describe(x: Tensor, batch: Batch, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, shape, [token * batch.length, head, token, 1], [1, 1, CHUNK, block])
 
 
-def describe_squares(x: Tensor) -> TensorDescriptor:
-    """A descriptor of ``x`` [chunks, heads, C, C] as so many [C, C] matrices in a row."""
-    return TensorDescriptor.from_tensor(x.view(-1, CHUNK, CHUNK), [1, CHUNK, CHUNK])
+def describe_matrices(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of ``x`` [chunks, heads, M, N] as so many matrices, for tiles of ``rows`` by ``columns``."""
+    return TensorDescriptor.from_tensor(x.view(-1, *x.shape[-2:]), [1, rows, columns])
 
 
 def power_of_two(x: int) -> int:
@@ -125,32 +121,34 @@ def chip_of(x: Tensor) -> Chip:
     return Chip(properties.multi_processor_count, properties.major in (9, 10))
 
 
-def sweep_blocks(walks: int, key_dim: int, value_dim: int, itemsize: int, chip: Chip) -> dict[str, int]:
-    """Blocks of the sequential walks, of which there are ``walks``, each over all of V.
+def segments_of(batch: Batch, heads: int, key_dim: int, value_dim: int, chip: Chip) -> tuple[int, int]:
+    """(segments, chunks in each) that every sequence is walked in at once (``triton_split``).
 
-    A walk's time is its chain of dots, not their size: the narrowest block of V with which all programs run at once,
-    since every one of them reads all of q, k and the chunk's matrices. Three stages hide the memory's latency.
+    As many as keep the chip busy, where the second walk that this takes pays: from three on, and not in short ones.
     """
-    block_k = power_of_two(key_dim)
-    if itemsize == 4:  # two stages do not fit
-        block_v = min(power_of_two(value_dim), 32 if block_k <= 128 else 16)
-        return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 2 if block_k <= 64 else 1, "num_warps": 4}
-    widest = min(power_of_two(value_dim), 64 if chip.roomy or block_k <= 64 else 32)
-    block_v = 16
-    while block_v < widest and walks * -(-value_dim // block_v) > chip.processors:
-        block_v *= 2
-    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3 if chip.roomy and block_k <= 128 else 2, "num_warps": 4}
+    chunks = -(-batch.length // CHUNK)
+    programs = batch.sequences * heads * -(-value_dim // 64)
+    segments = min(chip.processors // programs, chunks // SHORTEST)
+    if segments < 3 or key_dim > 128 or batch.cu_seqlens is not None:
+        return 1, batch.chunks
+    span = -(-chunks // segments)
+    return -(-chunks // span), span
 
 
-def gradient_blocks(key_dim: int, value_dim: int, itemsize: int, chip: Chip) -> dict[str, int]:
+def sweep_blocks(key_dim: int, value_dim: int, chip: Chip) -> dict[str, int]:
+    """Blocks of the sequential walks: as many columns of V as one row of a warp group's matrix instruction, K in blocks
+    of 64 where it would be padded or would not fit, and as many stages as fit the shared memory."""
+    block_k = 64 if key_dim > 128 else power_of_two(key_dim)
+    depth = 3 if chip.roomy and key_dim <= 192 else 2
+    return {"BLOCK_K": block_k, "BLOCK_V": min(power_of_two(value_dim), 64), "DEPTH": depth, "num_warps": 4}
+
+
+def gradient_blocks(key_dim: int, value_dim: int, chip: Chip) -> dict[str, int]:
     """Blocks of the chunk-parallel gradients: K in few blocks that pad little, V in one where it fits.
 
     Eight warps on the 64 rows of a chunk, four by two: the kernel keeps each dot's result from another's operands,
     or Triton would lay all of them along the rows. Heads of up to 64 channels leave eight too little to do.
     """
-    if itemsize == 4:
-        block_k = 128 if chip.roomy and (64 < key_dim <= 128 or key_dim > 192) else 64
-        return {"BLOCK_K": block_k, "BLOCK_V": 32, "DEPTH": 2, "num_warps": 8}
     if key_dim <= 64:
         return {"BLOCK_K": max(power_of_two(key_dim), 32), "BLOCK_V": 64, "DEPTH": 2, "num_warps": 4}
     if not chip.roomy:
@@ -160,7 +158,6 @@ def gradient_blocks(key_dim: int, value_dim: int, itemsize: int, chip: Chip) -> 
     return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3, "num_warps": 8}
 
 
-def prepare_blocks(key_dim: int, itemsize: int) -> dict[str, int]:
-    """Blocks of the chunk-parallel preparation. In 16 bit, registers for four programs on a multiprocessor."""
-    blocks = {"BLOCK_K": min(power_of_two(key_dim), 64), "num_warps": 4}
-    return {**blocks, "maxnreg": 128} if itemsize == 2 else blocks
+def prepare_blocks(key_dim: int) -> dict[str, int]:
+    """Blocks of the chunk-parallel preparation, with registers for four programs on a multiprocessor."""
+    return {"BLOCK_K": min(power_of_two(key_dim), 64), "num_warps": 4, "maxnreg": 128}

@@ -23,7 +23,7 @@ G_FLOOR = tl.constexpr(-100.0)
 #   READ:  beta exp(G) |k|^-1          what K S is scaled by when the chunk reads the state
 #   OUT:   scale exp(G) |q|^-1         the same for Q S
 #   WRITE: exp(G_last - G) |k|^-1      what u is scaled by when the chunk writes the state
-#   Q, K:  |q|^-1 and |k|^-1           or 1 where nothing is normalized
+#   Q, K:  |q|^-1 and |k|^-1           or 1 where nothing is normalized, or what k is scaled by
 ROWS = tl.constexpr(6)
 ROW_G, ROW_READ, ROW_OUT, ROW_WRITE, ROW_Q, ROW_K = (tl.constexpr(i) for i in range(6))
 
@@ -44,14 +44,15 @@ def locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN: tl.constexpr):
 
 @triton.jit
 def locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN: tl.constexpr):
-    """(first token, tokens left in its sequence) of ``chunk``; none are left where the chunk is only spare room."""
+    """(sequence, chunk of that, first token, tokens left in the sequence) of ``chunk``; none are left where the chunk
+    is only spare room."""
     if VARLEN:
         n = tl.load(chunk_sequence + chunk)
     else:
         n = chunk // tl.cdiv(T, CHUNK)
     begin, length, first = locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN)
-    start = (chunk - first) * CHUNK
-    return begin + start, (length - start).to(tl.int32)
+    step = chunk - first
+    return n.to(tl.int32), step.to(tl.int32), begin + step * CHUNK, (length - step * CHUNK).to(tl.int32)
 
 
 @triton.jit
@@ -103,17 +104,17 @@ def unit_lower_inverse(lower, OPERAND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def prepare_kernel(
-    q, k, g, beta, rows, inverse, attention,
+    q, k, g, beta, key_scale, rows, inverse, attention,
     cu_seqlens, chunk_offsets, chunk_sequence, T, scale,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     g_token: tl.constexpr, g_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, OPERAND: tl.constexpr,
+    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """rows [chunks, HV, 6, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
     program = tl.program_id(0)
     head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
-    token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
+    _, _, token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
     if left <= 0:
         return
     q += token * q_token + (head // GROUP) * q_head
@@ -143,6 +144,8 @@ def prepare_kernel(
     else:
         q_unit = tl.zeros([CHUNK], tl.float32) + 1.0
         k_unit = tl.zeros([CHUNK], tl.float32) + 1.0
+    if SCALED:
+        k_unit *= tl.load(key_scale)
 
     gates = tl.cumsum(tl.maximum(g_row, G_FLOOR), 0)
     last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))

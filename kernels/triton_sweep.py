@@ -1,12 +1,17 @@
 """The sequential part: the state carried from chunk to chunk, forwards, and its gradient, backwards.
 
-One program holds the columns [K, BLOCK_V] of one head's state in registers and walks along the sequence; columns of
+One program holds BLOCK_V columns of one head's state, turned, [BLOCK_V, K], and walks along the sequence; columns of
 the state never meet, so V is split freely. With u the solution of the chunk's system (see ``triton_prepare``), c the
 WRITE row and S the state before the chunk:
 
     forwards     u = inverse (beta v - READ K S);   o = OUT Q S + P u;   S <- exp(G_last) S + K^T (WRITE u)
     backwards    du = P^T do + WRITE K dS;   dr = inverse^T du;
                  dS <- exp(G_last) dS + Q^T (OUT do) - K^T (READ dr)
+
+All of this is computed turned, S^T, u^T and so on: then the left operand of every dot is the result of the dot before
+it, which Hopper's matrix units take from registers, and the right one is a tile that the copy engine left in shared
+memory. Nothing of the chain from state to state passes through shared memory, or waits at a barrier for another warp.
+K lies in blocks, each with its part of the state, so that 192 channels are not padded to 256.
 
 The backward walk needs neither S nor u, so the two walks that the gradient is made of share one launch: half of the
 programs recompute states and u, the other half carry dS. What they leave in memory per chunk (S, dS, u, dr) makes
@@ -29,37 +34,49 @@ from widthwise.kernels.triton_prepare import (
 
 
 @triton.jit
-def load_state(state, n, head, columns, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-               BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRESENT: tl.constexpr):  # fmt: skip
-    """Columns of ``state[n, head]`` as [BLOCK_K, BLOCK_V] fp32, or zeros."""
-    if PRESENT:
-        i = tl.arange(0, BLOCK_K)
-        mask = (i < K)[:, None] & (columns < V)[None, :]
-        at = (n.to(tl.int64) * HEADS + head) * K * V
-        tile = tl.load(state + at + i[:, None] * V + columns[None, :], mask=mask, other=0.0)
-    else:
-        tile = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    return tile
-
-
-@triton.jit
-def store_state(state, at, columns, tile, K: tl.constexpr, V: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """Columns of the [K, V] matrix number ``at`` of ``state``, cast to its type."""
-    i = tl.arange(0, BLOCK_K)
-    pointers = state + at * K * V + i[:, None] * V + columns[None, :]
-    if K % BLOCK_K == 0 and V % BLOCK_V == 0:
-        tl.store(pointers, tile.to(state.dtype.element_ty))
-    else:
-        tl.store(pointers, tile.to(state.dtype.element_ty), mask=(i < K)[:, None] & (columns < V)[None, :])
-
-
-@triton.jit
 def store_tile(base, stride, left, columns, tile, WIDTH: tl.constexpr):
     """The mirror of ``load_tile``."""
     i = tl.arange(0, CHUNK)
     mask = (i < left)[:, None] & (columns < WIDTH)[None, :]
     tl.store(base + i[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_states(given, matrix, columns, between, at, at_edge, K: tl.constexpr, V: tl.constexpr,
+                BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GIVEN: tl.constexpr, BETWEEN: tl.constexpr):  # fmt: skip
+    """Columns of a [K, V] matrix, turned: for every block of K [BLOCK_V, BLOCK_K] fp32. At the edge of a sequence it
+    is number ``matrix`` of ``given``, zero unless GIVEN; elsewhere number ``at`` of ``between``, zero unless BETWEEN.
+    """
+    tiles = ()
+    for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        i = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = (i < K)[None, :]
+        places = i[None, :] * V + columns[:, None]
+        tile = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
+        if BETWEEN:
+            mask = (columns < tl.where(at_edge, 0, V))[:, None] & inside
+            tile += tl.load(between + at * K * V + places, mask=mask, other=0.0)
+        if GIVEN:
+            mask = (columns < tl.where(at_edge, V, 0))[:, None] & inside
+            tile += tl.load(given + matrix * K * V + places, mask=mask, other=0.0)
+        tiles += (tile,)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def store_states(state, at, column, tiles, K: tl.constexpr, V: tl.constexpr,
+                 BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """The mirror of ``load_states``, cast to the type of ``state``, which may be a descriptor of [matrices, K, V]."""
+    columns = column + tl.arange(0, BLOCK_V)
+    for block in tl.static_range(len(tiles)):
+        tile = tl.trans(tiles[block])
+        if DESCRIBED:
+            state.store([at.to(tl.int32), block * BLOCK_K, column], tl.reshape(tile, [1, BLOCK_K, BLOCK_V]))
+        else:
+            i = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask = (i < K)[:, None] & (columns < V)[None, :]
+            pointers = state + at * K * V + i[:, None] * V + columns[None, :]
+            tl.store(pointers, tile.to(state.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -78,6 +95,16 @@ def fetch(x, n, step, head, column, token, left, x_token, x_head,
 
 
 @triton.jit
+def fetch_blocks(x, n, step, head, token, left, x_token, x_head,
+                 WIDTH: tl.constexpr, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """``fetch`` of every block of x's width."""
+    tiles = ()
+    for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+        tiles += (fetch(x, n, step, head, block * BLOCK, token, left, x_token, x_head, WIDTH, BLOCK, DESCRIBED),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
 def fetch_square(x, at, DESCRIBED: tl.constexpr):
     """The [C, C] matrix number ``at`` of x."""
     i = tl.arange(0, CHUNK)
@@ -89,158 +116,186 @@ def fetch_square(x, at, DESCRIBED: tl.constexpr):
 
 
 @triton.jit
+def put(x, n, step, head, column, token, left, turned,
+        HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """The mirror of ``fetch`` for a result x [B, T, HEADS, WIDTH] and a tile ``turned`` [BLOCK, C]."""
+    tile = tl.trans(turned)
+    if DESCRIBED:
+        x.store([n, head, step * CHUNK, column], tl.reshape(tile, [1, 1, CHUNK, BLOCK]))
+    else:
+        store_tile(x + (token * HEADS + head) * WIDTH, HEADS * WIDTH, left, column + tl.arange(0, BLOCK), tile, WIDTH)
+
+
+@triton.jit
+def cast(tiles, dtype: tl.constexpr):
+    """Every block in another type."""
+    out = ()
+    for block in tl.static_range(len(tiles)):
+        out += (tiles[block].to(dtype),)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
+def applied(state, tiles):
+    """(X S)^T [BLOCK_V, C] of the blocks of S^T and of X [C, K]."""
+    out = tl.dot(state[0], tl.trans(tiles[0]))
+    for block in tl.static_range(1, len(tiles)):
+        out = tl.dot(state[block], tl.trans(tiles[block]), out)
+    return out
+
+
+@triton.jit
+def added(state, decay, turned, tiles):
+    """The blocks of (decay S + X^T Y)^T, X [C, K] in blocks, Y^T ``turned`` [BLOCK_V, C]."""
+    out = ()
+    for block in tl.static_range(len(tiles)):
+        out += (tl.dot(turned, tiles[block], state[block] * decay),)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit
 def walk_forwards(
-    q, k, v, beta, rows, inverse, attention, initial, final, o, u, states,
-    begin, length, first, n, head, column,
+    state, q, k, v, beta, rows, inverse, attention, o, u, states,
+    begin, length, first, start, stop, n, head, column, written_to,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
     DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """With OUTPUT: o and the final state. Without: u and the state before every chunk, for the backward pass."""
-    # A row's numbers come a chunk ahead and by hand where that is faster: not beside the five tiles of the output.
-    AHEAD: tl.constexpr = not OUTPUT or DEPTH == 1
+    """From ``state`` before chunk ``start`` of a sequence to the one returned, before chunk ``stop``.
+
+    With OUTPUT: o. With KEEP: u and the state before every chunk, for the backward pass. With neither, ``written_to``
+    says whether v is written to the state, or nothing.
+    """
     i = tl.arange(0, CHUNK)
-    columns = column + tl.arange(0, BLOCK_V)
-    state = load_state(initial, n, head, columns, HEADS, K, V, BLOCK_K, BLOCK_V, INITIAL)
     ends = rows + ROW_G * CHUNK + CHUNK - 1
-    last = tl.load(ends + (first * HEADS + head) * ROWS * CHUNK, mask=length > 0, other=0.0)
-    if AHEAD:
-        row = rows + (first * HEADS + head) * ROWS * CHUNK
-        betas = beta + begin * beta_token + head * beta_head + i * beta_token
-        beta_row = tl.load(betas, mask=i < length, other=0.0).to(tl.float32)
-        read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < length, other=0.0)
-        write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < length, other=0.0)
-        out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < length, other=0.0)
-    for step in tl.range(tl.cdiv(length, CHUNK), num_stages=DEPTH):
+    last = tl.load(ends + ((first + start) * HEADS + head) * ROWS * CHUNK, mask=stop > start, other=0.0)
+    for step in tl.range(start, stop, num_stages=DEPTH):
         token, left = begin + step * CHUNK, length - step * CHUNK
         at = (first + step) * HEADS + head
-        k_tile = fetch(k, n, step, head // GROUP, 0, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
-        if AHEAD:
-            solve = fetch_square(inverse, at, DESCRIBED)
-            v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
-        else:
-            v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
-            here = rows + at * ROWS * CHUNK + i
-            betas = beta + token * beta_token + head * beta_head + i * beta_token
-            beta_row = tl.load(betas, mask=i < left, other=0.0).to(tl.float32)
-            solve = fetch_square(inverse, at, DESCRIBED)
+        here = rows + at * ROWS * CHUNK + i
+        k_tiles = fetch_blocks(k, n, step, head // GROUP, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
+        v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
+        betas = beta + token * beta_token + head * beta_head + i * beta_token
+        beta_row = tl.load(betas, mask=i < left, other=0.0).to(tl.float32)
+        read_row = tl.load(here + ROW_READ * CHUNK)
+        write_row = tl.load(here + ROW_WRITE * CHUNK)
+        solve = fetch_square(inverse, at, DESCRIBED)
 
-        operand = state.to(k_tile.dtype)
-        recalled = tl.dot(k_tile, operand)
-        if not AHEAD:
-            read_row = tl.load(here + ROW_READ * CHUNK)
-        wanted = beta_row[:, None] * v_tile - read_row[:, None] * recalled
-        u_tile = tl.dot(solve, wanted.to(k_tile.dtype))
+        operands = cast(state, v_tile.dtype)
+        wanted = beta_row[None, :] * tl.trans(v_tile)
+        if not (OUTPUT or KEEP):
+            wanted = tl.where(written_to, wanted, 0.0)
+        wanted -= read_row[None, :] * applied(operands, k_tiles)
+        u_turned = tl.dot(wanted.to(v_tile.dtype), tl.trans(solve))
+        if KEEP and v_tile.dtype == tl.bfloat16:
+            # Where keys repeat, the inverse cancels most of this: the gradients need what bf16 rounds away.
+            rest = wanted - wanted.to(v_tile.dtype).to(tl.float32)
+            u_turned = tl.dot(rest.to(v_tile.dtype), tl.trans(solve), u_turned)
         if OUTPUT:
-            q_tile = fetch(q, n, step, head // GROUP, 0, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
+            q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
             mix = fetch_square(attention, at, DESCRIBED)
-            if not AHEAD:
-                out_row = tl.load(here + ROW_OUT * CHUNK)
-            out = tl.dot(q_tile, operand) * out_row[:, None]
-            out = tl.dot(mix, u_tile.to(k_tile.dtype), out)
-            store_tile(o + (token * HEADS + head) * V, HEADS * V, left, columns, out, V)
-        else:
-            store_state(states, at, columns, operand, K, V, BLOCK_K, BLOCK_V)
-            store_tile(u + (token * HEADS + head) * V, HEADS * V, left, columns, u_tile, V)
-        if not AHEAD:
-            write_row = tl.load(here + ROW_WRITE * CHUNK)
-        written = (write_row[:, None] * u_tile).to(k_tile.dtype)
-        decay = tl.exp(last)
-        state = tl.dot(tl.trans(k_tile), written, state * decay)
-        # The next chunk's last, always by hand: it would take four bytes of shared memory too many.
-        last = tl.load(ends + (at + HEADS) * ROWS * CHUNK, mask=left > CHUNK, other=0.0)
-        if AHEAD:
-            row += HEADS * ROWS * CHUNK
-            betas += CHUNK * beta_token
-            beta_row = tl.load(betas, mask=i < left - CHUNK, other=0.0).to(tl.float32)
-            read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < left - CHUNK, other=0.0)
-            write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < left - CHUNK, other=0.0)
-            out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < left - CHUNK, other=0.0)
-    if OUTPUT:
-        store_state(final, n.to(tl.int64) * HEADS + head, columns, state, K, V, BLOCK_K, BLOCK_V)
+            out_row = tl.load(here + ROW_OUT * CHUNK)
+            out = applied(operands, q_tiles) * out_row[None, :]
+            out = tl.dot(u_turned.to(v_tile.dtype), tl.trans(mix), out)
+            put(o, n, step, head, column, token, left, out.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
+        if KEEP:
+            store_states(states, at, column, operands, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
+            put(u, n, step, head, column, token, left, u_turned.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
+        written = (write_row[None, :] * u_turned).to(v_tile.dtype)
+        state = added(state, tl.exp(last), written, k_tiles)
+        # The next chunk's last, by hand: a stage of it would take four bytes of shared memory too many.
+        last = tl.load(ends + (at + HEADS) * ROWS * CHUNK, mask=step + 1 < stop, other=0.0)
+    return state
 
 
 @triton.jit
 def walk_backwards(
-    q, k, do, rows, inverse, attention, dfinal, dinitial, dr, dstates,
-    begin, length, first, n, head, column,
+    dstate, q, k, do, rows, inverse, attention, dr, dstates,
+    begin, length, first, start, stop, n, head, column,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEEP: tl.constexpr,
     DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """dr and the gradient of the state after every chunk."""
+    """From ``dstate``, the gradient of the state before chunk ``stop`` of a sequence, to that before chunk ``start``.
+
+    With KEEP: dr, and the gradient of the state after every chunk.
+    """
     i = tl.arange(0, CHUNK)
-    columns = column + tl.arange(0, BLOCK_V)
-    dstate = load_state(dfinal, n, head, columns, HEADS, K, V, BLOCK_K, BLOCK_V, FINAL)
-    chunks = tl.cdiv(length, CHUNK)
-    row = rows + ((first + chunks - 1) * HEADS + head) * ROWS * CHUNK
-    last = tl.load(row + ROW_G * CHUNK + CHUNK - 1, mask=length > 0, other=0.0)
-    read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < length, other=0.0)
-    write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < length, other=0.0)
-    out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < length, other=0.0)
-    for back in tl.range(chunks, num_stages=DEPTH):
-        step = chunks - 1 - back
+    ends = rows + ROW_G * CHUNK + CHUNK - 1
+    last = tl.load(ends + ((first + stop - 1) * HEADS + head) * ROWS * CHUNK, mask=stop > start, other=0.0)
+    for back in tl.range(0, stop - start, num_stages=DEPTH):
+        step = stop - 1 - back
         token, left = begin + step * CHUNK, length - step * CHUNK
         at = (first + step) * HEADS + head
-        k_tile = fetch(k, n, step, head // GROUP, 0, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
-        solve = fetch_square(inverse, at, DESCRIBED)
+        here = rows + at * ROWS * CHUNK + i
+        k_tiles = fetch_blocks(k, n, step, head // GROUP, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
         mix = fetch_square(attention, at, DESCRIBED)
-        if DESCRIBED:
-            q_tile = fetch(q, n, step, head // GROUP, 0, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
         do_tile = fetch(do, n, step, head, column, token, left, do_token, do_head, V, BLOCK_V, DESCRIBED)
+        solve = fetch_square(inverse, at, DESCRIBED)
+        write_row = tl.load(here + ROW_WRITE * CHUNK)
+        read_row = tl.load(here + ROW_READ * CHUNK)
+        out_row = tl.load(here + ROW_OUT * CHUNK)
+        q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
 
-        operand = dstate.to(k_tile.dtype)
-        store_state(dstates, at, columns, operand, K, V, BLOCK_K, BLOCK_V)
-        du = tl.dot(k_tile, operand) * write_row[:, None]
-        du = tl.dot(tl.trans(mix), do_tile, du)
-        dr_tile = tl.dot(tl.trans(solve), du.to(k_tile.dtype))
-        store_tile(dr + (token * HEADS + head) * V, HEADS * V, left, columns, dr_tile, V)
-        if not DESCRIBED:
-            q_tile = fetch(q, n, step, head // GROUP, 0, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
-        shown = (out_row[:, None] * do_tile).to(k_tile.dtype)
-        read = (-read_row[:, None] * dr_tile).to(k_tile.dtype)
-        decay = tl.exp(last)
-        dstate = tl.dot(tl.trans(k_tile), read, dstate * decay)
-        dstate = tl.dot(tl.trans(q_tile), shown, dstate)
-        row -= HEADS * ROWS * CHUNK
-        last = tl.load(row + ROW_G * CHUNK + CHUNK - 1, mask=step > 0, other=0.0)
-        read_row = tl.load(row + ROW_READ * CHUNK + i, mask=i < step * CHUNK, other=0.0)
-        write_row = tl.load(row + ROW_WRITE * CHUNK + i, mask=i < step * CHUNK, other=0.0)
-        out_row = tl.load(row + ROW_OUT * CHUNK + i, mask=i < step * CHUNK, other=0.0)
-    if INITIAL:
-        store_state(dinitial, n.to(tl.int64) * HEADS + head, columns, dstate, K, V, BLOCK_K, BLOCK_V)
+        operands = cast(dstate, do_tile.dtype)
+        if KEEP:
+            store_states(dstates, at, column, operands, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
+        do_turned = tl.trans(do_tile)
+        du = tl.dot(do_turned, mix, applied(operands, k_tiles) * write_row[None, :])
+        dr_turned = tl.dot(du.to(do_tile.dtype), solve)
+        if KEEP:
+            put(dr, n, step, head, column, token, left, dr_turned.to(do_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
+        read = (-read_row[None, :] * dr_turned).to(do_tile.dtype)
+        shown = (out_row[None, :] * do_turned).to(do_tile.dtype)
+        dstate = added(dstate, tl.exp(last), read, k_tiles)
+        dstate = added(dstate, 1.0, shown, q_tiles)
+        last = tl.load(ends + (at - HEADS) * ROWS * CHUNK, mask=step > start, other=0.0)
+    return dstate
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segments", "span"])
 def forward_kernel(
-    q, k, v, beta, rows, inverse, attention, initial, final, o, cu_seqlens, chunk_offsets, T,
+    q, k, v, beta, rows, inverse, attention, o, initial, starts, final, cu_seqlens, chunk_offsets, T, segments, span,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, DEPTH: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """o [B, T, HV, V] and final [N, HV, K, V]; one program a sequence, value head and block of V."""
+    """o [B, T, HV, V] and final [N, HV, K, V]; one program a sequence, segment of it, value head and block of V.
+
+    A segment is ``span`` chunks; the states from which all but the first start are ``starts`` [N, segments - 1, HV,
+    K, V] (``triton_split``).
+    """
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     column = (program % V_BLOCKS) * BLOCK_V
-    head, n = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
+    head, program = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
+    segment, n = program % segments, program // segments
     begin, length, first = locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN)
-    walk_forwards(
-        q, k, v, beta, rows, inverse, attention, initial, final, o, o, o, begin, length, first, n, head, column,
+    start, stop = segment * span, tl.minimum((segment + 1) * span, tl.cdiv(length, CHUNK))
+    matrix = n.to(tl.int64) * HEADS + head
+    columns = column + tl.arange(0, BLOCK_V)
+    at = (n.to(tl.int64) * (segments - 1) + segment - 1) * HEADS + head
+    state = load_states(initial, matrix, columns, starts, at, segment == 0, K, V, BLOCK_K, BLOCK_V, INITIAL, True)
+    state = walk_forwards(
+        state, q, k, v, beta, rows, inverse, attention, o, o, o, begin, length, first, start, stop,
+        n, head, column, True,
         q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
-        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, True, DEPTH, DESCRIBED,
+        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, False, DEPTH, DESCRIBED,
     )  # fmt: skip
+    if segment == segments - 1:
+        store_states(final, matrix, column, state, K, V, BLOCK_K, BLOCK_V, False)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "segments", "span"])
 def backward_kernel(
-    q, k, v, beta, do, rows, inverse, attention, initial, dfinal, dinitial, u, dr, states, dstates,
-    cu_seqlens, chunk_offsets, T,
+    q, k, v, do, beta, rows, inverse, attention, u, dr, states, dstates,
+    initial, starts, dfinal, dends, dinitial, cu_seqlens, chunk_offsets, T, segments, span,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
@@ -248,22 +303,37 @@ def backward_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
     DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """u and dr [B, T, HV, V], states and dstates [chunks, HV, K, V]; two programs a sequence, head and block of V."""
+    """u and dr [B, T, HV, V], states and dstates [chunks, HV, K, V]; two programs a sequence, segment, value head and
+    block of V. ``dends`` [N, segments - 1, HV, K, V] is for the ends of all segments but the last what ``starts`` is
+    for the beginnings of all but the first."""
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0) // 2
     column = (program % V_BLOCKS) * BLOCK_V
-    head, n = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
+    head, program = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
+    segment, n = program % segments, program // segments
     begin, length, first = locate_sequence(n, T, cu_seqlens, chunk_offsets, VARLEN)
+    start, stop = segment * span, tl.minimum((segment + 1) * span, tl.cdiv(length, CHUNK))
+    matrix = n.to(tl.int64) * HEADS + head
+    columns = column + tl.arange(0, BLOCK_V)
+    at = (n.to(tl.int64) * (segments - 1) + segment) * HEADS + head
     if tl.program_id(0) % 2 == 0:
-        walk_backwards(
-            q, k, do, rows, inverse, attention, dfinal, dinitial, dr, dstates, begin, length, first, n, head, column,
-            q_token, q_head, k_token, k_head, do_token, do_head,
-            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, FINAL, DEPTH, DESCRIBED,
+        dstate = load_states(
+            dfinal, matrix, columns, dends, at, segment == segments - 1, K, V, BLOCK_K, BLOCK_V, FINAL, True
         )  # fmt: skip
+        dstate = walk_backwards(
+            dstate, q, k, do, rows, inverse, attention, dr, dstates, begin, length, first, start, stop, n, head, column,
+            q_token, q_head, k_token, k_head, do_token, do_head,
+            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, DEPTH, DESCRIBED,
+        )  # fmt: skip
+        if INITIAL and segment == 0:
+            store_states(dinitial, matrix, column, dstate, K, V, BLOCK_K, BLOCK_V, False)
     else:
+        state = load_states(
+            initial, matrix, columns, starts, at - HEADS, segment == 0, K, V, BLOCK_K, BLOCK_V, INITIAL, True
+        )  # fmt: skip
         walk_forwards(
-            q, k, v, beta, rows, inverse, attention, initial, initial, u, u, states,
-            begin, length, first, n, head, column,
+            state, q, k, v, beta, rows, inverse, attention, u, u, states, begin, length, first, start, stop,
+            n, head, column, True,
             q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
-            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, INITIAL, False, DEPTH, DESCRIBED,
+            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, True, DEPTH, DESCRIBED,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from widthwise.kernels import chunked, triton_scan
+from widthwise.kernels import chunked, triton_core, triton_half, triton_launch, triton_scan
 from widthwise.kernels.reference import gated_delta_rule_reference
 
 NAMES = ("o", "final", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
@@ -100,6 +100,24 @@ def interpret() -> None:
         bound = 1e-5 if shape[-1] == fp32 else 6e-3
         if (error := worst(case, normalize)) > bound:
             print(shape, options, normalize, errors(ours(*case, normalize), oracle(*case, normalize)), error)
+    # A sequence walked in several places at once.
+    shortest, triton_launch.SHORTEST = triton_launch.SHORTEST, 1
+    for shape in [(1, 330, 1, 1, 16, 16, fp32), (2, 330, 1, 2, 24, 80, fp32), (1, 330, 2, 1, 32, 16, fp16)]:
+        case = draw(*shape, device="cpu")
+        if (error := worst(case)) > (1e-5 if shape[-1] == fp32 else 6e-3):
+            print("segments", shape, error)
+    triton_launch.SHORTEST = shortest
+    # fp32 as fp16 with exact scales, as on a GPU.
+    for magnitude, normalize in [(1.0, True), (1e8, True), (1e-12, False), (1e3, False)]:
+        (q, k, v, g, beta), initial, (do, dfinal), _ = draw(1, 70, 1, 2, 16, 32, fp32, device="cpu")
+        if not normalize:
+            q, do, k = q * magnitude, do / magnitude, torch.nn.functional.normalize(k, dim=-1)
+        case = ((q, k, v * magnitude, g, beta), initial * magnitude, (do * 1e-6, dfinal * 1e-6), None)
+        rest = (16**-0.5, case[1], None, normalize)
+        o, final, saved = triton_half.forward(*case[0], *rest)
+        found = (o, final, *triton_half.backward(*case[2], *case[0], *rest, saved))
+        if (error := max(errors(found, oracle(*case, normalize)).values())) > 3e-3:
+            print("fp32 by fp16", magnitude, normalize, error)
     # Strided views: q, k, v cut from one projection.
     packed = torch.randn(1, 70, 3, 1, 16)
     case = draw(1, 70, 1, 1, 16, 16, fp32, device="cpu")
@@ -123,7 +141,10 @@ def test_interpreter():
 @pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
 @pytest.mark.parametrize("length", [1, 2, 15, 63, 64, 65, 200])
 def test_shapes(key_dim, value_dim, length, dtype):
-    assert worst(draw(2, length, 2, 1, key_dim, value_dim, dtype), reference=fast_oracle) < TOLERANCE[dtype]
+    # Of one or two tokens many, for dg and dbeta to be more than the four inner products, some near zero by chance,
+    # in which rounding a state to bf16 is 0.003 in the median, but more than 0.006 in 8 % of draws.
+    batch = 2 if length > 2 else 32
+    assert worst(draw(batch, length, 2, 1, key_dim, value_dim, dtype), reference=fast_oracle) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -197,6 +218,42 @@ def test_layouts(key_dim, offset, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(20, 20), (33, 77), (130, 24), (24, 48)])
+def test_odd_widths(key_dim, value_dim, packed, dtype):
+    """Widths that are no multiples of 8 or of a block, by the copy engine and without it."""
+    shape = (1, 300) if packed else (2, 150)
+    case = draw(*shape, 3, 2, key_dim, value_dim, dtype, cu=[0, 1, 65, 65, 300] if packed else None)
+    assert worst(case, reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("batch", "length", "width"), [(1, 2048, 128), (2, 3001, 64), (1, 4096, 32)])
+def test_segments(batch, length, width, dtype):
+    """Sequences walked in several places at once."""
+    case = draw(batch, length, 2, 2, width, width, dtype, g=-1e-3)
+    segments, _ = triton_launch.segments_of(
+        triton_launch.lay_out(case[0][0], None), 4, width, width, triton_launch.chip_of(case[1])
+    )
+    assert segments > 2
+    assert worst(case, reference=fast_oracle) < TOLERANCE[dtype]
+    assert all(torch.equal(a, b) for a, b in zip(ours(*case), ours(*case), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e12])
+def test_fp32_of_any_magnitude(magnitude, normalize):
+    (q, k, v, g, beta), initial, (do, dfinal), _ = draw(2, 200, 2, 2, 128, 128, torch.float32)
+    if not normalize:
+        q, do, k = q * magnitude, do / magnitude, torch.nn.functional.normalize(k, dim=-1)
+    case = ((q, k, v * magnitude, g, beta), initial * magnitude, (do * 1e-6, dfinal * 1e-6), None)
+    assert worst(case, normalize, fast_oracle) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
 def test_same_bits_and_split(key_dim, value_dim, dtype):
     (q, k, v, g, beta), initial, grads, _ = draw(1, 300, 2, 1, key_dim, value_dim, dtype)
@@ -212,21 +269,25 @@ def test_same_bits_and_split(key_dim, value_dim, dtype):
 @pytest.mark.gpu
 def test_nothing_is_compiled_for_a_new_batch():
     """The compiled variants are counted in Triton's own caches."""
-    kernels = [x for x in vars(triton_scan).values() if hasattr(x, "device_caches")]
+    kernels = [x for x in vars(triton_core).values() if hasattr(x, "device_caches")]
 
     def variants() -> int:
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
-    # Enough heads that the launch rule sees a full chip at every batch size. Below that, a batch that fills the chip
-    # for the first time compiles the walks once more, for wider blocks of V.
-    ours(*draw(2, 100, 133, 1, 64, 64, torch.bfloat16))
+    ours(*draw(2, 100, 4, 1, 64, 64, torch.bfloat16))
     before = variants()
-    for batch, length in ((1, 1), (1, 128), (3, 77), (2, 1024)):
-        ours(*draw(batch, length, 133, 1, 64, 64, torch.bfloat16))
+    for batch, length in ((1, 1), (1, 128), (3, 77), (2, 1024), (40, 100)):
+        ours(*draw(batch, length, 4, 1, 64, 64, torch.bfloat16))
     assert variants() == before
-    ours(*draw(1, 300, 133, 1, 64, 64, torch.bfloat16, cu=[0, 100, 300]))
+    # A sequence that is walked in several places brings the kernels that join them, once.
+    ours(*draw(1, 2048, 4, 1, 64, 64, torch.bfloat16))
     before = variants()
-    ours(*draw(1, 640, 133, 1, 64, 64, torch.bfloat16, cu=[0, 1, 1, 16, 640]))
+    for batch, length in ((1, 3000), (2, 5000)):
+        ours(*draw(batch, length, 4, 1, 64, 64, torch.bfloat16))
+    assert variants() == before
+    ours(*draw(1, 300, 4, 1, 64, 64, torch.bfloat16, cu=[0, 100, 300]))
+    before = variants()
+    ours(*draw(1, 640, 4, 1, 64, 64, torch.bfloat16, cu=[0, 1, 1, 16, 640]))
     assert variants() == before
 
 

@@ -1,0 +1,202 @@
+"""The launches: two forward, three backward, and two more where dq and dk are finished apart.
+
+``forward`` prepares every chunk at once (``triton_prepare``), then walks each sequence (``triton_sweep``).
+``backward`` walks again in both directions at once, then computes every chunk's gradients (``triton_gradients``).
+States are recomputed, not kept: between the two passes there are only the preparation's matrices, about as many bytes
+as one of q, k, v.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from widthwise.kernels import triton_launch as launch
+from widthwise.kernels.triton_gradients import finish_kernel, gradients_kernel
+from widthwise.kernels.triton_launch import CHUNK, by_token
+from widthwise.kernels.triton_prepare import prepare_kernel
+from widthwise.kernels.triton_split import dtransfer_kernel, join_kernel, transfer_kernel
+from widthwise.kernels.triton_sweep import backward_kernel, forward_kernel
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, so make it ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("token", "head"))}
+
+
+def _tiles(
+    batch: launch.Batch, blocks: dict[str, int], keys: tuple[Tensor, ...], values: tuple[Tensor, ...],
+    squares: tuple[Tensor, ...], results: tuple[Tensor, ...], states: tuple[Tensor, ...],
+) -> tuple[bool, list[Any]]:  # fmt: skip
+    """What a kernel reads and writes tile by tile, in order: as descriptors for the copy engine and True, or as it is
+    and False."""
+    if not launch.describable(keys[0], batch.cu_seqlens):
+        return False, [*keys, *values, *squares, *results, *states]
+    block_k, block_v = blocks["BLOCK_K"], blocks["BLOCK_V"]
+    return True, [
+        *(launch.describe(x, batch, block_k) for x in keys),
+        *(launch.describe(x, batch, block_v) for x in values),
+        *(launch.describe_matrices(x, CHUNK, CHUNK) for x in squares),
+        *(launch.describe(x.view(batch.tokens, *x.shape[-2:]), batch, block_v) for x in results),
+        *(launch.describe_matrices(x, block_k, block_v) for x in states),
+    ]
+
+
+def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Uninitialized (rows, inverse, attention, starts, maps), as ``forward`` saves them; see ``triton_prepare`` and
+    ``triton_split`` for what they are."""
+    key_dim, (heads, value_dim) = q.shape[-1], v.shape[2:]
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    chunks = launch.chunk_bound(q.shape[0], q.shape[1], cu_seqlens)
+    batch = launch.Batch(0, q.shape[1], sequences, chunks, cu_seqlens, None, None)
+    joints = launch.segments_of(batch, heads, key_dim, value_dim, launch.chip_of(q))[0] - 1
+    return (
+        q.new_empty(chunks, heads, 6, CHUNK, dtype=torch.float32),
+        q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=dtype),
+        q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=dtype),
+        q.new_empty(sequences, joints, heads, key_dim, value_dim, dtype=torch.float32),
+        q.new_empty(sequences, joints, heads, key_dim, key_dim, dtype=torch.float32),
+    )
+
+
+def _join(moved: Tensor, maps: Tensor, backwards: bool) -> None:
+    """``moved`` in place, from what each segment adds to the states or gradients at the joints."""
+    sequences, joints, heads, key_dim, value_dim = moved.shape
+    join_kernel[(sequences * heads * triton.cdiv(value_dim, 16),)](
+        moved, maps, joints, heads, key_dim, value_dim, launch.power_of_two(key_dim), 16,
+        BACKWARDS=backwards, num_warps=4,
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
+    *, short_keys: bool | None = None, key_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """o [B, T, HV, V] in q's dtype, final state [N, HV, K, V] fp32, and what ``backward`` needs of it.
+
+    ``short_keys``: keys are no longer than 1, as normalized ones are. ``key_scale`` (one number, on the device):
+    what k is to be multiplied by.
+    """
+    (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
+    batch, chip = launch.lay_out(q, cu_seqlens), launch.chip_of(q)
+    rows, inverse, attention, starts, maps = saved = saved_like(q, v, cu_seqlens, q.dtype)
+    o = q.new_empty(v.shape)
+    final = q.new_empty(batch.sequences, value_heads, key_dim, value_dim, dtype=torch.float32)
+    initial = None if initial_state is None else initial_state.contiguous()
+    q, k, v, g, beta = (by_token(x) for x in (q, k, v, g, beta))
+    sizes = {"HEADS": value_heads, "GROUP": value_heads // heads, "K": key_dim}
+    varlen = {"VARLEN": cu_seqlens is not None}
+    short_keys = normalize_qk if short_keys is None else short_keys
+    with _on(q.device):
+        prepare_kernel[(batch.chunks * value_heads,)](
+            q, k, g, beta, key_scale, rows, inverse, attention, *batch.tables, batch.length, scale,
+            **_strides(q=q, k=k, g=g, beta=beta), **sizes, **varlen, NORMALIZE=normalize_qk,
+            SCALED=key_scale is not None, OPERAND=tl.float16 if short_keys and q.element_size() == 2 else tl.float32,
+            **launch.prepare_blocks(key_dim),
+        )  # fmt: skip
+        blocks = launch.sweep_blocks(key_dim, value_dim, chip)
+        described, tiles = _tiles(batch, blocks, (q, k), (v,), (inverse, attention), (o,), ())
+        segments, span = launch.segments_of(batch, value_heads, key_dim, value_dim, chip)
+        walk = {
+            **_strides(q=q, k=k, v=v, beta=beta), **sizes, "V": value_dim, "INITIAL": initial is not None,
+            **blocks, "DESCRIBED": described,
+        }  # fmt: skip
+        columns = triton.cdiv(value_dim, blocks["BLOCK_V"])
+        if segments > 1:
+            both = columns + triton.cdiv(key_dim, blocks["BLOCK_V"])
+            transfer_kernel[(batch.sequences * (segments - 1) * value_heads * both,)](
+                *tiles[:3], beta, rows, *tiles[3:5], initial, starts, maps, batch.length, segments, span, **walk
+            )
+            _join(starts, maps, backwards=False)
+        forward_kernel[(batch.sequences * segments * value_heads * columns,)](
+            *tiles[:3], beta, rows, *tiles[3:], initial, starts if segments > 1 else rows, final, *batch.tables[:2],
+            batch.length, segments, span, **walk, **varlen,
+        )  # fmt: skip
+    return o, final, saved
+
+
+def backward(
+    do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, saved: tuple[Tensor, ...],
+    *, parts: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dq, dk, dv, dg, dbeta, dinitial_state), each in the shape and dtype of its input.
+
+    With ``parts``, dq and dk are [B * T, HV, K], a value head each, for ``finish``.
+    """
+    (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
+    group = value_heads // heads
+    batch, chip = launch.lay_out(q, cu_seqlens), launch.chip_of(q)
+    rows, inverse, attention, starts, maps = saved
+    dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
+    dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape, dtype=torch.float32)
+    initial = None if initial_state is None else initial_state.contiguous()
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
+    q, k, v, g, beta, do = (by_token(x) for x in (q, k, v, g, beta, do))
+    u = q.new_empty(batch.tokens, value_heads, value_dim)
+    states, dstates = (q.new_empty(batch.chunks, value_heads, key_dim, value_dim) for _ in range(2))
+    sizes = {"HEADS": value_heads, "GROUP": group, "K": key_dim, "V": value_dim}
+    varlen = {"VARLEN": cu_seqlens is not None}
+    strides = _strides(q=q, k=k, v=v, beta=beta, do=do)
+    with _on(q.device):
+        blocks = launch.sweep_blocks(key_dim, value_dim, chip)
+        # dv holds dr, its gradient before beta, until the gradients turn it into dv in place.
+        described, tiles = _tiles(batch, blocks, (q, k), (v, do), (inverse, attention), (u, dv), (states, dstates))
+        segments, span = launch.segments_of(batch, value_heads, key_dim, value_dim, chip)
+        walks = batch.sequences * value_heads * triton.cdiv(value_dim, blocks["BLOCK_V"])
+        dends = rows
+        if segments > 1:
+            dends = torch.empty_like(starts)
+            dtransfer_kernel[(walks * (segments - 1),)](
+                *tiles[:2], tiles[3], rows, *tiles[4:6], dfinal, dends, batch.length, segments, span,
+                **_strides(q=q, k=k, do=do), **sizes, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
+            )  # fmt: skip
+            _join(dends, maps, backwards=True)
+        backward_kernel[(2 * walks * segments,)](
+            *tiles[:4], beta, rows, *tiles[4:], initial, starts if segments > 1 else rows, dfinal, dends, dinitial,
+            *batch.tables[:2], batch.length, segments, span, **strides, **sizes, **varlen,
+            INITIAL=initial is not None, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
+        )  # fmt: skip
+        whole = group == 1 and not parts
+        dq_parts, dk_parts = (dq, dk) if whole else (q.new_empty(batch.tokens, value_heads, key_dim) for _ in range(2))
+        # F and E fit where dq and dk will be, for most widths.
+        width = key_dim if key_dim >= CHUNK else CHUNK
+        pairs = (dq_parts, dk_parts) if width == key_dim else q.new_empty(2, batch.tokens, value_heads, width)
+        gradients_kernel[(batch.chunks * value_heads,)](
+            q, k, v, beta, do, u, dv, states, dstates, rows, attention, *pairs, dq_parts, dk_parts, dg, dbeta,
+            *batch.tables, batch.length, scale, **strides, **sizes, **varlen, PAIRS_WIDTH=width,
+            NORMALIZE=normalize_qk, FINISH=whole, **launch.gradient_blocks(key_dim, value_dim, chip),
+        )  # fmt: skip
+    if parts:
+        dq, dk = dq_parts, dk_parts
+    elif not whole:
+        dq, dk = (finish(x, y, like, group, normalize_qk) for x, y, like in ((q, dq_parts, dq), (k, dk_parts, dk)))
+    return dq, dk, dv, dg, dbeta, dinitial
+
+
+def finish(
+    x: Tensor, parts: Tensor, dx: Tensor, group: int, normalized: bool, factor: Tensor | None = None, unit: bool = False
+) -> Tensor:
+    """dx, of the shape and type it has: ``parts`` [B * T, HV, K] summed over the value heads of a group, times
+    ``factor`` (one number, on the device), and through the normalization of x [B, T, H, K], if it was normalized.
+
+    ``unit``: parts are gradients of the normalized rows; else of rows times a constant, their reciprocal norm.
+    """
+    x = by_token(x) if x.dim() == 4 else x
+    tokens, heads, key_dim = x.shape
+    with _on(x.device):
+        finish_kernel[(triton.cdiv(tokens, CHUNK) * heads,)](
+            x, parts, dx, factor, tokens, **_strides(x=x), HEADS=heads, GROUP=group, K=key_dim,
+            BLOCK_K=launch.power_of_two(key_dim), NORMALIZE=normalized, UNIT=unit, SCALED=factor is not None,
+            num_warps=4,
+        )  # fmt: skip
+    return dx
