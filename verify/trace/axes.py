@@ -14,7 +14,7 @@ from math import prod
 from widthwise.derive.errors import DeriveError
 
 Sizes = tuple[int, ...]
-TWICE = "make what cuts and joins it a stand-in (a rotary embedding: widthwise.verify.trace.rotate)"
+ROTARY = "make what does it a stand-in (if it is a rotary embedding, one that returns widthwise.verify.trace.rotate(x))"
 
 
 @dataclass(eq=False)
@@ -239,7 +239,7 @@ def pieces(dimension: Dimension) -> list[Piece]:
     if not packed:
         return [Piece(tuple(axes))]
     if len(packed) > 1:
-        raise DeriveError("a dimension is made of two concatenations", cure=TWICE)
+        raise DeriveError("a dimension is made of two concatenations", cure=ROTARY)
     at = packed[0]
     axis = axes[at]
     offset: Sizes = (0,) * len(axis.sizes)
@@ -248,7 +248,7 @@ def pieces(dimension: Dimension) -> list[Piece]:
     for part in flat(axis):
         extent = size(part, len(offset))
         if any(each.parts for each in part):
-            raise DeriveError("a concatenation within a product is concatenated again", cure=TWICE)
+            raise DeriveError("a concatenation within a product is concatenated again", cure=ROTARY)
         rows = tuple(p * q for p, q in zip(extent, inner, strict=True))
         found.append(Piece((*axes[:at], *part, *axes[at + 1 :]), (axis, offset), rows))
         offset = _plus(offset, extent)

@@ -8,7 +8,7 @@ from widthwise.derive.exponents import ZERO
 from widthwise.derive.graph import atoms
 from widthwise.derive.laws import DECAY_RATE, ONES, TIME_STEP, ZEROS
 from widthwise.derive.ops import OPS
-from widthwise.verify.trace.axes import Dimension, Piece, new, resolved
+from widthwise.verify.trace.axes import ROTARY, Dimension, Piece, new, resolved
 from widthwise.verify.trace.context import Axes, Emitter, Key, Value, rule
 from widthwise.verify.trace.sites import Site, Varying, numbers
 
@@ -75,7 +75,8 @@ def _mul(emitter: Emitter, site: Site) -> list[Value]:
         if other.constant and not other.number:
             return _picked(emitter, site, one)
     if divides or a.constant or b.constant:
-        raise site.refuse("a tensor is divided by another" if divides else "a computed constant multiplies a tensor")
+        what = "a tensor is divided by another" if divides else "a computed constant multiplies a tensor"
+        raise site.refuse(what, "" if divides else ROTARY)
     for one, other in ((a, b), (b, a)):
         if any(name not in emitter.parameters for name in emitter.value(other).values()):
             for name in emitter.value(one).values():

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from widthwise.verify.trace.axes import Dimension, Sizes, concatenated, cut, identify, new, pieces, regroup, resolved
+from widthwise.verify.trace.axes import (
+    ROTARY,
+    Dimension,
+    Sizes,
+    concatenated,
+    cut,
+    identify,
+    new,
+    pieces,
+    regroup,
+    resolved,
+)
 from widthwise.verify.trace.context import Axes, Emitter, Value, rule
 from widthwise.verify.trace.sites import Site, Varying
 
@@ -134,7 +145,7 @@ def _split(axes: Axes, site: Site) -> list[list[Dimension]]:
 def _sliced(axes: Axes, site: Site) -> list[list[Dimension]]:
     dim = _place(site, 1)
     if _integer(site, 4, "step", 1) != 1:
-        raise site.refuse("every second entry of an axis is taken", "take consecutive entries")
+        raise site.refuse("every second entry of an axis is taken", ROTARY)
     length, taken = site.inputs[0].shape[dim], site.shape[dim]
     given = _argument(site, 2, "start", None) or 0
     starts = given.values if isinstance(given, Varying) else (given,) * axes.widths

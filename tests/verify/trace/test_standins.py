@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from traced_models import around
 
-from widthwise.derive import derive
+from widthwise.derive import architecture, derive
 from widthwise.derive.errors import DeriveError
-from widthwise.verify.trace import stand_in, trace
+from widthwise.verify.trace import rotate, stand_in, trace
 from widthwise.verify.trace.standins import STAND_INS
 
 
@@ -34,6 +34,50 @@ class TestStandIns:
         before = kernel
         assert derive(trace(make).graph).rule("hidden").lr == -1
         assert kernel is before
+
+
+def turned(x: Tensor) -> Tensor:
+    """A rotary embedding as people write it."""
+    a, b = x.chunk(2, -1)
+    angle = torch.arange(x.shape[-2])[:, None] / 10.0 ** torch.arange(a.shape[-1])
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+class Attention(nn.Module):
+    """Attention of one's own, written out."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(96, n), nn.LayerNorm(n), nn.Linear(n, 96, bias=False)
+        self.q, self.k, self.v, self.o = (nn.Linear(n, n, bias=False) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        h = self.norm(x)
+        q, k, v = (each(h).unflatten(-1, (-1, 16)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        scores = turned(q) @ turned(k).transpose(-1, -2) / 4.0
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return self.head(x + self.o((weights @ v).transpose(1, 2).flatten(-2)))
+
+
+def attention(n: int) -> tuple[nn.Module, tuple[Tensor]]:
+    return Attention(n), (torch.zeros(2, 6, dtype=torch.long),)
+
+
+def test_a_rotary_embedding_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeriveError, match=r"a rotary embedding, one that returns widthwise.verify.trace.rotate"):
+        trace(attention)
+    monkeypatch.setattr("widthwise.verify.trace.standins.STAND_INS", dict(STAND_INS))
+
+    @stand_in(f"{__name__}:turned")
+    def rotary(x: Tensor) -> Tensor:
+        return rotate(x)
+
+    table, described = derive(trace(attention).graph), derive(architecture("transformer", scaling="head-dim-fixed"))
+    for name in "qkvo":
+        assert table.rule(name).lr == described.rule(f"{name}_proj").lr == -1
+        assert table.rule(name).init_std == described.rule(f"{name}_proj").init_std
 
 
 class Scanned(nn.Module):
