@@ -175,6 +175,19 @@ def test_sweeps_share_runs_and_each_has_its_own_results(
     assert (len(one), len(two)) == (4, 6)
 
 
+def test_several_files_write_into_one_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = {"note": "no CUDA graph, which is slower: because"}
+    outcome = {"loss": 1.0, "diverged": None, "seconds": 1.0, "parameters": 1, "step_seconds": 1.0}
+    monkeypatch.setattr(train, "train", lambda run: outcome | note)
+    (folder / "again.toml").write_text((folder / "sweep.toml").read_text())
+    result = run("sweep", folder / "sweep.toml", folder / "again.toml", "--output", folder / "results")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("note: no CUDA graph, which is slower: because") == 1  # for all runs
+    one, two = (Results(folder / "results" / f"{name}.jsonl").load() for name in ("sweep", "again"))
+    assert one == two
+    assert len(one) == 6
+
+
 def test_optima_beyond_the_grid_are_looked_for(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     """Down to where they are, or as far as was allowed; the transferred learning rate is always among the rates run."""
 
