@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
-from widthwise.derive.errors import DeriveError
-from widthwise.verify.transfer.command import train_one
-from widthwise.verify.transfer.config import read_sweep
-from widthwise.verify.transfer.results import Results
-from widthwise.verify.transfer.team import Team, joined
-from widthwise.verify.transfer.train import train
+torch = pytest.importorskip("torch")
+from widthwise.derive.errors import DeriveError  # noqa: E402
+from widthwise.verify.transfer.command import train_one  # noqa: E402
+from widthwise.verify.transfer.config import read_sweep  # noqa: E402
+from widthwise.verify.transfer.results import Results  # noqa: E402
+from widthwise.verify.transfer.team import Team, joined  # noqa: E402
+from widthwise.verify.transfer.train import train  # noqa: E402
 
 LR = 0.05
 ROOT = Path(__file__).parents[3]
@@ -72,6 +72,13 @@ def test_two_processes_train_as_one(file: Path, strategy: str, clip: float) -> N
     assert entry["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert entry["parameters"] == alone["parameters"]
     assert alone["losses"][0] - alone["losses"][-1] > 0.1
+
+
+def test_processes_share_a_batch() -> None:
+    batch = torch.arange(12).view(6, 2)
+    shares = [Team(rank, 3).rows(batch) for rank in range(3)]
+    assert [len(share) for share in shares] == [2, 2, 2]
+    assert torch.equal(torch.cat(shares).sort(0).values, batch)
 
 
 def test_one_process_is_enough(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
