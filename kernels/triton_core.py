@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from widthwise.kernels import triton_launch as launch
-from widthwise.kernels.triton_gradients import finish_kernel, gradients_kernel
+from widthwise.kernels.triton_gradients import finish_kernel, gradients_kernel, normalize_kernel
 from widthwise.kernels.triton_launch import CHUNK, by_token
 from widthwise.kernels.triton_prepare import prepare_kernel
 from widthwise.kernels.triton_split import dtransfer_kernel, join_kernel, transfer_kernel
@@ -200,3 +200,15 @@ def finish(
             num_warps=4,
         )  # fmt: skip
     return dx
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Rows of x [B, T, H, K] over their norms, in fp16."""
+    unit = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    x = by_token(x)
+    tokens, heads, key_dim = x.shape
+    with _on(x.device):
+        normalize_kernel[(triton.cdiv(tokens, CHUNK) * heads,)](
+            x, unit, tokens, **_strides(x=x), HEADS=heads, K=key_dim, BLOCK_K=launch.power_of_two(key_dim), num_warps=4
+        )
+    return unit

@@ -247,6 +247,21 @@ def gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
+def normalize_kernel(
+    x, unit, tokens,
+    x_token: tl.constexpr, x_head: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """unit [tokens, HEADS, K]: rows of x over their norms. One program C tokens and a head."""
+    program = tl.program_id(0)
+    head, token = program % HEADS, (program // HEADS).to(tl.int64) * CHUNK
+    left = (tokens - token).to(tl.int32)
+    i_k = tl.arange(0, BLOCK_K)
+    x_tile = load_tile(x + token * x_token + head * x_head, x_token, left, i_k, K, BLOCK_K).to(tl.float32)
+    x_tile *= tl.rsqrt(tl.sum(x_tile * x_tile, 1) + L2_EPS)[:, None]
+    store_tile(unit + (token * HEADS + head) * K, HEADS * K, left, i_k, x_tile, K)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def finish_kernel(
     x, dx_parts, dx, factor, tokens,
     x_token: tl.constexpr, x_head: tl.constexpr,

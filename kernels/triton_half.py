@@ -9,6 +9,9 @@ is room for states 10^4 times as large as any input; one beyond makes the output
 
 fp16 inputs go the same way, unscaled, where q and k are to be normalized: the reciprocal norm of a row that is near
 zero has no room in fp16, so norms are divided out before.
+
+A gradient that reaches a token only from afar, through a decay of more than 2^-24, with nothing flowing back in
+between, is rounded to zero on its way where fp32 would keep it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +20,6 @@ import torch
 from torch import Tensor
 
 from widthwise.kernels import triton_core
-from widthwise.kernels.reference import L2_EPS
 
 LARGEST = 2  # the exponent to which scales bring the largest magnitude
 
@@ -56,13 +58,6 @@ def times(x: Tensor, *factors: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
-def normalized(x: Tensor) -> Tensor:
-    """Rows of ``x`` over their norms, in fp16."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    unit = torch.rsqrt(norm * norm + L2_EPS)
-    return torch.mul(x, unit, out=torch.empty_like(x, dtype=torch.float16))
-
-
 def halve(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, normalize_qk: bool) -> Halves:
     scaled = q.dtype != torch.float16
     q_scale, k_scale = (None if normalize_qk or not scaled else scale_of(x) for x in (q, k))
@@ -70,8 +65,8 @@ def halve(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, normalize_qk:
     over = [None if scale is None else scale.reciprocal() for scale in (q_scale, k_scale, v_scale)]
     half = torch.float16
     return Halves(
-        normalized(q) if normalize_qk else times(q, over[0], dtype=half),
-        normalized(k) if normalize_qk else times(k, over[1], dtype=half),
+        triton_core.normalized(q) if normalize_qk else times(q, over[0], dtype=half),
+        triton_core.normalized(k) if normalize_qk else times(k, over[1], dtype=half),
         times(v, over[2], dtype=half),
         None if initial is None else times(initial, over[2], dtype=torch.float32),
         q_scale, k_scale, v_scale,
