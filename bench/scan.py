@@ -264,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--names", help="which implementations, with commas: widthwise, fla, flashqla")
-    parser.add_argument("--only", type=int, help="number of one row, from 1")
+    parser.add_argument("--only", help="numbers of rows, from 1, with commas, in this order")
     parser.add_argument("--compile", metavar="INDEX/PARTS")
     parser.add_argument("--first", action="store_true")
     parser.add_argument("--launches", action="store_true")
@@ -281,9 +281,9 @@ def main() -> None:
     rules = {"widthwise": widthwise} if "widthwise" in names else {}
     rules |= peers(names) if set(names) & set(PEERS) else {}
     results = []
-    for number, row in sorted(enumerate(ROWS, 1), key=lambda numbered: numbered[0] == LAST):
-        if arguments.only not in (None, number):
-            continue
+    every = sorted(range(1, len(ROWS) + 1), key=lambda number: number == LAST)
+    for number in map(int, arguments.only.split(",")) if arguments.only else every:
+        row = ROWS[number - 1]
         shape = (*row[:5], str(row[5]).removeprefix("torch."))
         ahead, both = floor(*row)
         print(f"{number} {shape} floor fwd {ahead:.3f} f+b {both:.3f}", flush=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# K, V: fp32 walks have two stages up to K = 64 and one above; 16 bit three, and two above K = 128. What is no multiple
-# of 8 the copy engine does not take, and leaves blocks of K and V in part empty.
+# K, V: walks have three stages, and two above K = 192; fp32 is computed in fp16. What is no multiple
+# of 8 is widened by zeros, and leaves blocks of K and V in part empty.
 WIDTHS = {
     torch.float32: [(24, 48), (20, 20), (128, 128), (256, 512)],
     torch.bfloat16: [(32, 64), (20, 20), (33, 77), (130, 24), (128, 128), (192, 384)],
