@@ -131,8 +131,10 @@ def gated_delta_rule(
             is said in :mod:`widthwise.kernels.checks`.
         RuntimeError: from a second differentiation.
 
-    CPU inputs are computed with in fp32 (fp64 for fp64) whatever their dtype. Under autocast, q, k and v are cast
-    to its dtype, while g, beta and the state keep theirs. The same inputs give the same bits.
+    CPU inputs are computed with in fp32 (fp64 for fp64) whatever their dtype. On CUDA, fp32 inputs are multiplied as
+    fp16 with exact scales, and summed in fp32 (:mod:`widthwise.kernels.triton_half` says within what range). Under
+    autocast, q, k and v are cast to its dtype, while g, beta and the state keep theirs. The same inputs give the same
+    bits.
     """
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
