@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.graph import Graph
-from widthwise.verify.trace import contractions, entrywise, known, mixing, movement
+from widthwise.verify.trace import contractions, einsum, entrywise, known, mixing, movement
 from widthwise.verify.trace.export import MakeModel, exported
 from widthwise.verify.trace.lower import lowered
 from widthwise.verify.trace.standins import expert_linear, mix, rotate, scan, stand_in
 
 __all__ = ["Traced", "expert_linear", "mix", "rotate", "scan", "stand_in", "trace"]
-_RULES_OF = (contractions, entrywise, known, mixing, movement)  # importing them registers
+_RULES_OF = (contractions, einsum, entrywise, known, mixing, movement)  # importing them registers
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,10 @@ def _bias(site: Site) -> Site | None:
 
 @rule("aten.linear", axes=_linear_axes)
 def _linear(emitter: Emitter, site: Site) -> list[Value]:
-    return _linear_map(emitter, site, site.args[0], site.args[1], _bias(site))
+    return linear_map(emitter, site, site.args[0], site.args[1], _bias(site))
 
 
-def _linear_map(
+def linear_map(
     emitter: Emitter, site: Site, x: Site, weight: Site, bias: Site | None, input_first: bool = False
 ) -> list[Value]:
     """W x + bias, with W stored as [out, in] or [in, out]."""
@@ -107,7 +107,7 @@ def _addmm_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
 @rule("aten.addmm", axes=_addmm_axes)
 def _addmm(emitter: Emitter, site: Site) -> list[Value]:
     bias, x, weight = site.args[:3]
-    return _linear_map(emitter, site, x, weight, bias, input_first=True)
+    return linear_map(emitter, site, x, weight, bias, input_first=True)
 
 
 def _last_group(emitter: Emitter, site: Site, name: str, group: Group) -> str:
@@ -169,7 +169,7 @@ def _matmul_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
 @rule("aten.matmul", "aten.bmm", "aten.mm", axes=_matmul_axes)
 def _matmul(emitter: Emitter, site: Site) -> list[Value]:
     if (found := matrix(site)) is not None:
-        return _linear_map(emitter, site, site.args[0], found[0], None, input_first=found[1])
+        return linear_map(emitter, site, site.args[0], found[0], None, input_first=found[1])
     a, b = (emitter.whole(site, each, "a matrix product") for each in site.args[:2])
     if a in emitter.parameters or b in emitter.parameters:
         raise site.refuse("a parameter is multiplied from the left", "write W x as x @ W.T")

@@ -148,6 +148,8 @@ def _weight(site: Site) -> Site | None:
     op = family(site.op)
     if op in ("aten.linear", "aten.addmm"):
         return site.args[1 if op == "aten.linear" else 2]  # type: ignore[no-any-return]
+    if op == "aten.einsum":
+        return next((each for each in site.args[1] if each.kind == "parameter"), None)
     found = matrix(site) if op in ("aten.matmul", "aten.mm") else None
     return None if found is None else found[0]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from traced_models import MLP, WIDTHS, Around, Hidden, around, mlp
 
-from widthwise.derive import derive
+from widthwise.derive import architecture, derive
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import HALF
 from widthwise.derive.graph_toml import read_graph, write_graph
@@ -93,6 +93,33 @@ class TestWorks:
         assert not graph.parameters["hidden"].input_first
         assert [node.op for node, _ in graph.consumers("hidden")] == ["linear"]
         assert derive(graph).rule("hidden").lr == -1
+
+    def test_einsum(self) -> None:
+        """With a weight it is a linear map, in either order of its axes; a tied readout too. Without, a product."""
+
+        class Einsum(nn.Module):
+            def __init__(self, n: int) -> None:
+                super().__init__()
+                self.embed, self.norm = nn.Embedding(96, n), nn.LayerNorm(n)
+                self.q, self.k, self.v, self.o = (nn.Parameter(torch.empty(n, n)) for _ in range(4))
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                x = self.embed(tokens)
+                h = self.norm(x)
+                q, k = (torch.einsum("btd,de->bte", h, each).unflatten(-1, (-1, 16)) for each in (self.q, self.k))
+                v = torch.einsum("... d, e d -> ... e", h, self.v).unflatten(-1, (-1, 16))
+                weights = (torch.einsum("bihd,bjhd->bhij", q, k) / 4).softmax(-1)
+                o = torch.einsum("bhij,bjhd->bihd", weights, v).flatten(-2)
+                x = x + torch.einsum("btd,ed->bte", o, self.o)
+                return torch.einsum("btd,vd->btv", self.norm(x), self.embed.weight)
+
+        graph = trace(lambda n: (Einsum(n), (torch.zeros(2, 6, dtype=torch.long),))).graph
+        assert [graph.parameters[name].input_first for name in "qkvo"] == [True, True, False, False]
+        table, described = derive(graph), derive(architecture("transformer", scaling="head-dim-fixed", tied=True))
+        for name in "qkvo":
+            assert (table.rule(name).init_std, table.rule(name).lr) == (-HALF, -1)
+        assert table.rule("embed").init_std == described.rule("embeddings").init_std
+        assert table.rule("logits_scale").multiplier == described.rule("lm_head").multiplier
 
     def test_torchs_own_transformer_layer(self) -> None:
         """Its q, k, v are taken one by one from a packed projection: each meets what it should."""
@@ -287,6 +314,21 @@ class TestRefused:
 
         make = around(done, both=lambda n: nn.Linear(n, 2 * n))
         self.check(make, "concatenated again", r"both\.weight", "rotate")
+
+    @pytest.mark.parametrize(
+        ("equation", "said"),
+        [
+            ("td,de->et", "another axis than the last"),
+            ("td,dd->td", "takes a diagonal"),
+            ("td,de", "with an arrow"),
+        ],
+    )
+    def test_einsums_of_other_kinds(self, equation: str, said: str) -> None:
+        def done(m, x):
+            y = torch.einsum(equation, x, m.hidden.weight)
+            return y if len(y) == len(x) else y.T
+
+        self.check(around(done), said, "aten.einsum")
 
     def test_a_scale_that_follows_no_power(self) -> None:
         self.check(around(lambda m, x: m.hidden(x) * (1 + 1 / x.shape[-1])), "follow no power of the width")
