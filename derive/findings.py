@@ -23,7 +23,7 @@ from widthwise.derive.update import Update
 def sinking_norms(walk: Forward) -> Iterator[Finding]:
     """A norm is scale-free only while what it divides by stays above its width-independent eps."""
     for node in walk.graph.ordered:
-        if node.op not in ("rms_norm", "layer_norm", "l2_norm"):
+        if node.op not in ("rms_norm", "layer_norm", "l2_norm", "batch_norm"):
             continue
         source = node.inputs[0]
         maker = walk.graph.makers.get(source)

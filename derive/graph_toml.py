@@ -36,6 +36,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "scan": ("power", "decay", "strength", "erase"),
     "conv1d": ("gain",),
     **dict.fromkeys(("rms_norm", "layer_norm", "l2_norm"), ("axis", "eps")),
+    "batch_norm": ("eps",),
     **dict.fromkeys(("reshape", "einsum", "input", "broadcast"), ("shape",)),
 }
 _HEADER = "# A traced graph. An axis of exponent p has Θ(n^p) entries; batch and time are left out.\n"

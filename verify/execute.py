@@ -168,7 +168,7 @@ def apply(
         return arguments[0]
     if node.op in POINTWISE:
         return POINTWISE[node.op](arguments[0])
-    if node.op in ("rms_norm", "layer_norm", "l2_norm"):
+    if node.op in ("rms_norm", "layer_norm", "l2_norm", "batch_norm"):
         return _norm(node, arguments[0], setting.eps)
     if node.op == "einsum":
         return _einsum(graph, node, arguments)
@@ -196,10 +196,10 @@ def _conv(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _norm(node: Node, x: Tensor, eps: float) -> Tensor:
-    axes = tuple(range(-len(node.attrs["axis"].dims), 0))
+    axes = (0, 1) if node.op == "batch_norm" else tuple(range(-len(node.attrs["axis"].dims), 0))
     if node.op == "l2_norm":
         return x * torch.rsqrt(x.square().sum(axes, keepdim=True) + eps)
-    if node.op == "layer_norm":
+    if node.op in ("layer_norm", "batch_norm"):
         x = x - x.mean(axes, keepdim=True)
     return x * torch.rsqrt(x.square().mean(axes, keepdim=True) + eps)
 

@@ -1,4 +1,4 @@
-"""Scale-free ops: RMSNorm, LayerNorm, L2Norm. They tolerate a relative change of Θ(1), and saturate beyond it."""
+"""Scale-free ops: RMSNorm, LayerNorm, L2Norm, BatchNorm. They tolerate relative changes of Θ(1), and saturate beyond."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _shape(shapes: Sequence[Shape], attrs: Mapping[str, Any]) -> Shape:
 
 
 def divisor(node: Node, size: Expr) -> Expr:
-    """The exponent of what the norm divides by: the rms for RMSNorm and LayerNorm, the length for L2Norm."""
+    """The exponent of what the norm divides by: the length for L2Norm, the rms for the others (for BatchNorm, that of
+    each channel over tokens and places, which are width-free)."""
     return size + extent(node.attrs["axis"].dims) * HALF if node.op == "l2_norm" else size
 
 
@@ -50,7 +51,7 @@ def _forward(walk: Forward, node: Node) -> State:
         node,
         init,
         f"divided by its {'length' if node.op == 'l2_norm' else 'rms'}, {n_to(-by)}: "
-        "one and the same factor for all entries, so sign flips stay",
+        f"one and the same factor for all {'tokens' if node.op == 'batch_norm' else 'entries'}, so sign flips stay",
     )
     changes: tuple[Change, ...] = ()
     if x.change is not None:
@@ -85,6 +86,16 @@ register(
         _backward,
         always("relative"),
         aten=("aten.layer_norm", "aten.native_layer_norm"),
+    )
+)
+register(
+    Op(
+        "batch_norm",
+        lambda shapes, attrs: shapes[0],
+        _forward,
+        _backward,
+        always("relative"),
+        aten=("aten.batch_norm",),
     )
 )
 register(Op("l2_norm", _shape, _forward, _backward, always("relative"), aten=("aten.linalg_vector_norm",)))

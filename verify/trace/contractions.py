@@ -302,3 +302,28 @@ def _norm(emitter: Emitter, site: Site) -> list[Value]:
     if any(each.key is not None for each in emitter.keys(emitter.dims(x)[-1:])[0][1]):
         raise site.refuse("a norm over a packed dimension")
     return emitter.each(site, make)
+
+
+def _batch_norm_axes(axes: Axes, site: Site) -> list[list[Dimension]]:
+    x = axes.of(site.args[0])
+    for each in site.args[1:3]:
+        if each is not None:
+            identify(axes.of(each)[0], x[1])
+    return [x]
+
+
+@rule("aten.batch_norm", axes=_batch_norm_axes)
+def _batch_norm(emitter: Emitter, site: Site) -> list[Value]:
+    x, gain, bias, _, _, training, _, eps = site.args[:8]
+    if not training:
+        raise site.refuse("a batch norm in evaluation", "trace the model as it trains: .train()")
+
+    def make(key: Key, chosen: tuple[Piece, ...]) -> str:
+        y = emitter.apply(site, "batch_norm", (emitter.pick(site, emitter.value(x), key),), eps=float(eps))
+        if gain is not None:
+            role = _role(emitter, site, gain, key)
+            emitter.law(role, ONES)
+            y = emitter.apply(site, "einsum", (y, role), shape=emitter.shapes[y])
+        return _biased(emitter, site, y, bias, key, [each for each in chosen if each.axes])
+
+    return emitter.each(site, make)

@@ -26,7 +26,7 @@ from widthwise.verify.coord.factory import Factory
 from widthwise.verify.trace import trace
 
 BASE, TINY = 64, 1e-12  # eps of Adam: out of the way, because what it does is no slope
-CLASSES = ("mlp", "cnn", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next")
+CLASSES = ("mlp", "cnn", "resnet", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next")
 FIXED = {"depth": 3, "vocab": 96, "taps": 4, "features": 6, "classes": 5, "G": 2, "ffn": 384}
 HEADS = {
     None: {"H": 4, "d_k": 32, "d_v": 64, "d_head": 32},

@@ -6,7 +6,7 @@ import torch
 WIDTH, BASE = 192, 64
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
 def test_initializes_and_groups_the_real_class(generated, name: str) -> None:
     module, model = generated(name)
     report = module.init_(model, width=WIDTH, base_width=BASE, norm_eps=1e-6)

@@ -39,6 +39,21 @@ def test_cnn(traced) -> None:
     same(traced("cnn").graph, traced_descriptions.cnn(), roles)
 
 
+def test_resnet(traced) -> None:
+    """Each block of one Sequential by its own names: they share no pattern."""
+    graph = traced("resnet").graph
+    for optimizer in OPTIMIZERS:
+        mine, theirs = derive(graph, optimizer), derive(traced_descriptions.resnet(), optimizer)
+        names = {"branch_0": "norm_1", "branch_0_bias": "norm_1_bias", "branch_2": "conv_1"}
+        names |= {"branch_3": "norm_2", "branch_3_bias": "norm_2_bias", "branch_5": "conv_2"}
+        roles = {f"{name}{block}": other for name, other in names.items() for block in ("", "_2", "_3")}
+        roles |= {"layer_0": "stem", "layer_4": "norm", "layer_4_bias": "norm_bias", "layer_8": "readout"}
+        assert {rule.role for rule in mine.rules} == set(roles)
+        for role, other in roles.items():
+            a, b = mine.rule(role), theirs.rule(other)
+            assert [getattr(a, knob) for knob in KNOBS] == [getattr(b, knob) for knob in KNOBS], (optimizer, role)
+
+
 LLAMA = {
     "embed_tokens": "embeddings",
     "input_layernorm": "attn_norm",
@@ -163,7 +178,7 @@ def test_qwen3_next(traced) -> None:
     same(traced("qwen3_next").graph, traced_descriptions.qwen3_next(), roles)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
 def test_the_file_holds_everything(traced, name: str) -> None:
     graph = traced(name).graph
     text = write_graph(graph)

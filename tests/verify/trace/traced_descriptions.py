@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from widthwise.derive import Builder, Graph
 from widthwise.derive.builder import Tensor
-from widthwise.derive.laws import DECAY_RATE, TIME_STEP
+from widthwise.derive.laws import DECAY_RATE, ONES, TIME_STEP
 
 
 def cnn() -> Graph:
@@ -17,6 +17,25 @@ def cnn() -> Graph:
     x = g.op("broadcast", x, shape=g.input("where", m * places).shape)
     x = g.pointwise("relu", g.linear(x, "third", hidden, bias=True))
     g.cross_entropy(g.readout(x, "readout", g.dim("classes")))
+    return g.build()
+
+
+def resnet() -> Graph:
+    """A convolution is as above; a batch norm divides each channel by its deviation over tokens and places."""
+    g = Builder("resnet")
+    n, inner = g.dim("n", 1), g.dim("inner", 1)
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        channels = x.shape[-1]
+        y = g.product(g.op("batch_norm", x, eps=1e-5), g.parameter(name, channels, law=ONES))
+        return g.pointwise("relu", g.add(y, g.parameter(f"{name}_bias", channels)))
+
+    def block(x: Tensor) -> Tensor:
+        y = g.linear(normed(x, "norm_1"), "conv_1", inner)
+        return g.residual(x, g.linear(normed(y, "norm_2"), "conv_2", n))
+
+    x = g.repeat("layers", 3, block, g.linear(g.input("x", g.dim("patch")), "stem", n))
+    g.cross_entropy(g.readout(normed(x, "norm"), "readout", g.dim("classes")))
     return g.build()
 
 

@@ -55,6 +55,23 @@ def cnn(n: int) -> Made:
     return nn.Sequential(*layers), (torch.zeros(2, 3, 16, 16),)
 
 
+class Residual(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        layers = [nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1, bias=False)]
+        self.branch = nn.Sequential(*layers, nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def resnet(n: int) -> Made:
+    """Residual convolutions behind batch norms, averaged over places."""
+    layers = [nn.Conv2d(3, n, 3, padding=1, bias=False), *(Residual(n) for _ in range(3)), nn.BatchNorm2d(n), nn.ReLU()]
+    readout = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 10, bias=False)]
+    return nn.Sequential(*layers, *readout), (torch.zeros(2, 3, 8, 8),)
+
+
 def tokens(length: int = 6) -> tuple[Tensor]:
     return (torch.zeros(2, length, dtype=torch.long),)
 

@@ -131,6 +131,6 @@ def test_committed_sweeps_say_what_can_be_run(file: Path) -> None:
     middle = sorted(sweep.learning_rates)[len(sweep.learning_rates) // 2]
     runs = [run for stage in sweep.stages(dict.fromkeys(sweep.parametrizations, middle)) for run in stage]
     assert {run.width for run in runs} == set(sweep.widths)
-    for width in sweep.widths:  # at least seven learning rates a curve, the largest models of ablations aside
+    for width in sweep.widths:  # at least seven learning rates a curve, but where roles are only compared
         rates = {run.lr for run in runs if run.width == width and run.parametrization == sweep.parametrizations[0]}
-        assert len(rates) >= (5 if file.stem == "ablations" else 7)
+        assert len(rates) >= (5 if file.stem == "sgd-roles" else 7)
