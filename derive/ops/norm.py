@@ -1,4 +1,4 @@
-"""Scale-free ops: RMSNorm, LayerNorm, L2Norm, BatchNorm. They tolerate relative changes of Θ(1), and saturate beyond."""
+"""Scale-free ops: RMSNorm, LayerNorm, L2Norm, BatchNorm. They tolerate relative changes of Θ(1), saturating beyond."""
 
 from __future__ import annotations
 
