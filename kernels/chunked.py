@@ -69,7 +69,7 @@ class Chunks(NamedTuple):
     def of(saved: Tensor, Z: int, K: int, V: int) -> "Chunks":
         """The views of one flat tensor, which may be longer."""
         shapes = Chunks.shapes(Z, K, V)
-        parts = torch.split(saved[: Chunks.size(Z, K, V)], [math.prod(shape) for shape in shapes])
+        parts = torch.split_with_sizes(saved[: Chunks.size(Z, K, V)], [math.prod(shape) for shape in shapes])
         return Chunks(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
 
 
@@ -84,12 +84,14 @@ def fill(c: Chunks, layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, 
     else:
         c.norms.fill_(1)
     keys = c.qk[1]
-    # In float64, so that a gate of -1e-4 survives its sum with one of -1e4.
+    # In float64, so that a gate of -1e-4 survives its sum with one of -1e4; then in two parts of the working type.
     gates = layout.gather(g, heads, c.v.new_empty(c.v.shape[:2], dtype=torch.float64)).clamp_(min=LOWEST_GATE)
     total = gates.cumsum(-1).unsqueeze(-1)
+    high = total.to(c.v.dtype)
+    low = (total - high).to(c.v.dtype)
     # Above the diagonal are non-negative exponents, which must not be exponentiated (nor be -inf: that exp is slow).
-    torch.sub(total, total.mT, out=c.decay).clamp_(max=0).exp_().tril_()
-    c.into.copy_(total).exp_()
+    torch.sub(high, high.mT, out=c.decay).add_(low).sub_(low.mT).clamp_(max=0).exp_().tril_()
+    torch.exp(high, out=c.into)
     c.out.copy_(total[:, -1:] - total).exp_()
     for x, pairs in zip(c.qk, c.pairs, strict=True):
         torch.bmm(x, keys.mT, out=pairs)
@@ -175,17 +177,16 @@ def walk(layout: Layout, heads: int, c: Chunks, state: Tensor) -> None:
     What leaves a chunk is computed where it enters the next, or where it ends. Views for every step are made by one
     call each: in this loop, calls cost as much as arithmetic."""
     sizes = [(end - start) * heads for start, end in layout.steps]
-    entering = torch.split(c.entering, sizes)
-    views = (torch.split(x, sizes) for x in (c.w, c.u, c.into[:, -1:], c.k_out.mT))
-    entering[0].copy_(state[: sizes[0]])
-    for now, after, w, u, decay, k_out in zip(entering, [*entering[1:], state[:0]], *views, strict=True):
+    views = [torch.split_with_sizes(x, sizes) for x in (c.entering, c.w, c.u, c.into[:, -1:], c.k_out.mT)]
+    places, more = [*views[0][1:], state[:0]], [*sizes[1:], 0]
+    views[0][0].copy_(state[: sizes[0]])
+    for size, on, place, now, w, u, decay, k_out in zip(sizes, more, places, *views, strict=True):
         u.baddbmm_(w, now, alpha=-1)
-        more, every = len(after), len(now)
-        if more == every:
-            torch.mul(now, decay, out=after).baddbmm_(k_out, u)
+        if on == size:
+            torch.mul(now, decay, out=place).baddbmm_(k_out, u)
             continue
-        for some, place in ((slice(more), after), (slice(more, every), state[more:every])):
-            torch.mul(now[some], decay[some], out=place).baddbmm_(k_out[some], u[some])
+        for some, where in ((slice(on), place), (slice(on, size), state[on:size])):
+            torch.mul(now[some], decay[some], out=where).baddbmm_(k_out[some], u[some])
 
 
 def saved_like(
@@ -275,15 +276,16 @@ def walk_back(
     asked = product(torch.mul(c.qk[0], c.into, out=scratch(c.w)).mT, do, scratch(c.entering), scale)
     dleaving = scratch(c.entering)
     sizes = [(end - start) * heads for start, end in layout.steps]
-    parts = (torch.split(x, sizes)[::-1] for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:]))
-    before = [*torch.split(dleaving, sizes)[-2::-1], dstate[: sizes[0]]]
-    dleaving[layout.steps[-1][0] * heads :].copy_(dstate[: sizes[-1]])
-    for leaving, du_now, asked_now, k_out, w, decay, place in zip(*parts, before, strict=True):
+    views = [torch.split_with_sizes(x, sizes) for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:])]
+    places, more = [dstate[: sizes[0]], *views[0][:-1]], [sizes[0], *sizes[:-1]]
+    views[0][-1].copy_(dstate[: sizes[-1]])
+    steps = list(zip(sizes, more, places, *views, strict=True))
+    for size, then, place, leaving, du_now, asked_now, k_out, w, decay in reversed(steps):
         du_now.baddbmm_(k_out, leaving)
-        now, then = len(leaving), len(place)
-        torch.addcmul(asked_now, leaving, decay, out=place[:now]).baddbmm_(w, du_now, alpha=-1)
-        if now < then:  # these sequences end there
-            place[now:].copy_(dstate[now:then])
+        if then > size:  # sequences that end there
+            place[size:].copy_(dstate[size:then])
+            place = place[:size]
+        torch.addcmul(asked_now, leaving, decay, out=place).baddbmm_(w, du_now, alpha=-1)
     return du, dleaving, asked
 
 
