@@ -70,7 +70,7 @@ def line(each: Result) -> str:
 
 def text(head: str, reports: list[Report]) -> str:
     lines = ["# Coordinate check of traced models", "", head, ""]
-    lines += ["What is not ok, and why: [coord_check_traced.md](coord_check_traced.md#what-is-not-ok-and-why).", ""]
+    lines += ["What is not ok, and why: [tracing.md](tracing.md).", ""]
     lines += ["| | predictions | ok | drift | unresolved | fail |", "|---|---:|---:|---:|---:|---:|"]
     for each in reports:
         ok, drift, unresolved, fail = (each.counts[verdict] for verdict in ("ok", "drift", "unresolved", "fail"))

@@ -1,6 +1,6 @@
 """What tracing costs at published sizes: ``widthwise trace`` and ``widthwise derive``, each in a fresh process.
 
-python bench/trace.py            # prints the table of docs/results/trace.md; four minutes on two idle cores
+python bench/trace.py            # prints the table of docs/results/tracing.md; four minutes on two idle cores
 """
 
 import os

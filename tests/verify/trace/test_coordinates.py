@@ -1,6 +1,6 @@
 """The coordinate check passes on every traced class and emitted variant, under the rules derived from its trace.
 
-Ten and more seeds, and wider models: docs/results/coord_check_traced.md.
+Ten and more seeds, and wider models: docs/results/tracing.md.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Published sizes, on the meta device: each in under a minute (of one processor, all it uses) and 8 GiB.
 
-The wall-clock times of an idle machine: docs/results/trace.md.
+The wall-clock times of an idle machine: docs/results/tracing.md.
 """
 
 import json

@@ -178,6 +178,13 @@ def test_qwen3_next(traced) -> None:
     same(traced("qwen3_next").graph, traced_descriptions.qwen3_next(), roles)
 
 
+def test_grouped_matmuls_of_experts(traced) -> None:
+    """However transformers computes its experts, they are leaves: weights, shapes and rules are the same."""
+    eager = derive(traced("qwen3_next").graph)
+    graph = trace(lambda n: traced_models.qwen3_next(n, 4, "grouped_mm"), traced_models.WIDTHS).graph
+    assert {rule.role: rule.lr for rule in derive(graph).rules} == {rule.role: rule.lr for rule in eager.rules}
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "llama", "qwen3", "gpt2", "mamba2", "qwen3_next"])
 def test_the_file_holds_everything(traced, name: str) -> None:
     graph = traced(name).graph

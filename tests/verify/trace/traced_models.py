@@ -139,14 +139,14 @@ def mamba2(n: int) -> Made:
     return transformers.Mamba2ForCausalLM(config), tokens(8)
 
 
-def qwen3_next(n: int) -> Made:
-    """Eight layers, three of gated delta to one of gated attention, experts in each."""
+def qwen3_next(n: int, layers: int = 8, experts: str = "eager") -> Made:
+    """Three layers of gated delta to one of gated attention, experts in each, computed as ``experts`` says."""
     import transformers
 
     config = transformers.Qwen3NextConfig(
         vocab_size=96,
         hidden_size=n,
-        num_hidden_layers=8,
+        num_hidden_layers=layers,
         num_attention_heads=n // 16,
         num_key_value_heads=n // 32,
         head_dim=32,
@@ -158,6 +158,7 @@ def qwen3_next(n: int) -> Made:
         shared_expert_intermediate_size=n,
         num_experts=8,
         num_experts_per_tok=2,
+        experts_implementation=experts,
         use_cache=False,
     )
     return transformers.Qwen3NextForCausalLM(config), tokens()
