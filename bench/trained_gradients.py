@@ -61,7 +61,7 @@ def one(given: tuple[Path, int, int, float]) -> Sizes:
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if step in STEPS:
-            found["loss", step] = float(loss)
+            found["loss", step] = loss.item()
             for role, value in run.parameters.items():
                 squares = value.grad.square()
                 found[role, step] = _typical(squares if value.shape[-1] < 16 else squares.mean(-1))
