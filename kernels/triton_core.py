@@ -52,24 +52,27 @@ def _tiles(
 
 def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Uninitialized (rows, inverse, attention, starts, maps), as ``forward`` saves them; see ``triton_prepare`` and
-    ``triton_split`` for what they are."""
+    ``triton_split`` for what they are.
+
+    starts [M, K, V] and maps [M, K, K] have room for every joint that there can be, whatever B and T are: a trace
+    with a dynamic length must not decide by it.
+    """
     key_dim, (heads, value_dim) = q.shape[-1], v.shape[2:]
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     chunks = launch.chunk_bound(q.shape[0], q.shape[1], cu_seqlens)
-    batch = launch.Batch(0, q.shape[1], sequences, chunks, cu_seqlens, None, None)
-    joints = launch.segments_of(batch, heads, key_dim, value_dim, launch.chip_of(q))[0] - 1
+    joints = launch.most_joints(key_dim, value_dim, launch.chip_of(q)) if cu_seqlens is None else 0
     return (
         q.new_empty(chunks, heads, 6, CHUNK, dtype=torch.float32),
         q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=dtype),
         q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=dtype),
-        q.new_empty(sequences, joints, heads, key_dim, value_dim, dtype=torch.float32),
-        q.new_empty(sequences, joints, heads, key_dim, key_dim, dtype=torch.float32),
+        q.new_empty(joints, key_dim, value_dim, dtype=torch.float32),
+        q.new_empty(joints, key_dim, key_dim, dtype=torch.float32),
     )
 
 
-def _join(moved: Tensor, maps: Tensor, backwards: bool) -> None:
-    """``moved`` in place, from what each segment adds to the states or gradients at the joints."""
-    sequences, joints, heads, key_dim, value_dim = moved.shape
+def _join(moved: Tensor, maps: Tensor, sequences: int, joints: int, heads: int, backwards: bool) -> None:
+    """``moved``, of which the first are [sequences, joints, heads, K, V], in place: from what each segment adds to the
+    states or gradients at the joints."""
+    key_dim, value_dim = moved.shape[1:]
     join_kernel[(sequences * heads * triton.cdiv(value_dim, 16),)](
         moved, maps, joints, heads, key_dim, value_dim, launch.power_of_two(key_dim), 16,
         BACKWARDS=backwards, num_warps=4,
@@ -116,7 +119,7 @@ def forward(
             transfer_kernel[(batch.sequences * (segments - 1) * value_heads * both,)](
                 *tiles[:3], beta, rows, *tiles[3:5], initial, starts, maps, batch.length, segments, span, **walk
             )
-            _join(starts, maps, backwards=False)
+            _join(starts, maps, batch.sequences, segments - 1, value_heads, backwards=False)
         forward_kernel[(batch.sequences * segments * value_heads * columns,)](
             *tiles[:3], beta, rows, *tiles[3:], initial, starts if segments > 1 else rows, final, *batch.tables[:2],
             batch.length, segments, span, **walk, **varlen,
@@ -160,7 +163,7 @@ def backward(
                 *tiles[:2], tiles[3], rows, *tiles[4:6], dfinal, dends, batch.length, segments, span,
                 **_strides(q=q, k=k, do=do), **sizes, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
             )  # fmt: skip
-            _join(dends, maps, backwards=True)
+            _join(dends, maps, batch.sequences, segments - 1, value_heads, backwards=True)
         backward_kernel[(2 * walks * segments,)](
             *tiles[:4], beta, rows, *tiles[4:], initial, starts if segments > 1 else rows, dfinal, dends, dinitial,
             *batch.tables[:2], batch.length, segments, span, **strides, **sizes, **varlen,

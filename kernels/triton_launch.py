@@ -121,15 +121,20 @@ def chip_of(x: Tensor) -> Chip:
     return Chip(properties.multi_processor_count, properties.major in (9, 10))
 
 
+def most_joints(key_dim: int, value_dim: int, chip: Chip) -> int:
+    """How many joints of segments, times heads, there can be on a chip, of any number of sequences of any length."""
+    return chip.processors // -(-value_dim // 64) if key_dim <= 128 else 0
+
+
 def segments_of(batch: Batch, heads: int, key_dim: int, value_dim: int, chip: Chip) -> tuple[int, int]:
     """(segments, chunks in each) that every sequence is walked in at once (``triton_split``).
 
     As many as keep the chip busy, where the second walk that this takes pays: from three on, and not in short ones.
     """
     chunks = -(-batch.length // CHUNK)
-    programs = batch.sequences * heads * -(-value_dim // 64)
-    segments = min(chip.processors // programs, chunks // SHORTEST)
-    if segments < 3 or key_dim > 128 or batch.cu_seqlens is not None:
+    walks = batch.sequences * heads
+    segments = min(most_joints(key_dim, value_dim, chip) // walks, chunks // SHORTEST)
+    if segments < 3 or batch.cu_seqlens is not None:
         return 1, batch.chunks
     span = -(-chunks // segments)
     return -(-chunks // span), span

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from widthwise.kernels import chunked, triton_core, triton_half, triton_launch, triton_scan
+from widthwise.kernels import chunked, gated_delta_rule, triton_core, triton_half, triton_launch, triton_scan
 from widthwise.kernels.reference import gated_delta_rule_reference
 
 NAMES = ("o", "final", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
@@ -75,6 +75,11 @@ def worst(case, normalize=True, reference=oracle) -> float:
     return max(errors(found, reference(*case, normalize)).values())
 
 
+class Rule(torch.nn.Module):
+    def forward(self, q, k, v, g, beta):
+        return gated_delta_rule(q, k, v, g, beta, normalize_qk=True)[0]
+
+
 def interpret() -> None:
     """The interpreter's cases; prints nothing when all is well. fp32 there is exact, so the bound is too."""
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -118,6 +123,14 @@ def interpret() -> None:
         found = (o, final, *triton_half.backward(*case[2], *case[0], *rest, saved))
         if (error := max(errors(found, oracle(*case, normalize)).values())) > 3e-3:
             print("fp32 by fp16", magnitude, normalize, error)
+    # A trace whose length is open: nothing may be decided by it, how a sequence is cut up neither.
+    names = ("q", "k", "v", "g", "beta")
+    tokens = dict(zip(names, draw(2, 70, 1, 1, 16, 16, fp32, device="cpu")[0], strict=True))
+    time = {1: torch.export.Dim("time", min=2, max=4096)}
+    program = torch.export.export(Rule(), (), tokens, dynamic_shapes=dict.fromkeys(names, time)).module()
+    longer = dict(zip(names, draw(2, 129, 1, 1, 16, 16, fp32, device="cpu")[0], strict=True))
+    if not torch.equal(program(**longer), Rule()(**longer)):
+        print("export")
     # Strided views: q, k, v cut from one projection.
     packed = torch.randn(1, 70, 3, 1, 16)
     case = draw(1, 70, 1, 1, 16, 16, fp32, device="cpu")
