@@ -1,7 +1,8 @@
 """FLA's tolerances on FLA's shapes: those of its tests of the chunked gated delta rule (tests/ops/test_gdn.py, 0.6.0).
 
 Inputs are drawn as there: keys from [0, 1), so that all of them lie within a narrow cone, betas from 0.5 to 0.73, and
-gates that are switched off at random. The relative L2 error is FLA's "RMS ratio".
+gates that are switched off at random. The relative L2 error is FLA's "RMS ratio"; as there, what is nowhere off by
+more than 1e-6 passes (gates of -30 to -70 a token leave 1e-14 of dg).
 """
 
 import pytest
@@ -55,7 +56,8 @@ def assert_within(tolerance, inputs, grads, **options):
         named = {"o": o, "final_state": final_state} | {f"d{name}": x for name, x in zip(leaves, back, strict=True)}
         results.append({name: x.detach().cpu().double() for name, x in named.items()})
     errors = {name: float((a - results[1][name]).norm() / results[1][name].norm()) for name, a in results[0].items()}
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance[name]}
+    off = {name: float((a - results[1][name]).abs().max()) for name, a in results[0].items()}
+    wrong = {name: error for name, error in errors.items() if not (error <= tolerance[name] or off[name] <= 1e-6)}
     assert not wrong, f"above FLA's tolerances: {wrong}"
 
 
