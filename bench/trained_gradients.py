@@ -8,6 +8,7 @@ trained. Text: a Markov chain over 96 tokens, fresh at each step.
 """
 
 import argparse
+import itertools
 import platform
 import sys
 from math import exp, log
@@ -87,10 +88,12 @@ def main() -> None:
     with get_context("spawn").Pool(asked.jobs) as pool:
         done = pool.map(one, jobs, 1)
     by_seed = [done[at : at + len(asked.widths)] for at in range(0, len(done), len(asked.widths))]
+    told = [word for before, word in itertools.pairwise(["", *sys.argv[1:]]) if "--output" not in (before, word)]
+    command = " ".join(["python bench/trained_gradients.py", *told])
     lines = [
         "# Gradients in training",
         "",
-        f"`python bench/trained_gradients.py`: Mamba-2 traced, widths {asked.widths}, {asked.seeds} seeds, AdamW at lr "
+        f"`{command}`: Mamba-2 traced, widths {asked.widths}, {asked.seeds} seeds, AdamW at lr "
         f"{asked.lr} (width 64), float32, CPU; torch {torch.__version__}, Python {platform.python_version()}. Slope of "
         "the typical gradient over the width ± standard error over seeds, by step.",
         "",
