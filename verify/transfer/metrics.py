@@ -91,7 +91,9 @@ class Curve:
 class Transfer:
     """From the base width to another: ``shift`` of the optimum in octaves, ``regret`` in nats (the loss at the base
     width's best learning rate, less the best of the grid), both with standard errors over seeds, NaN where there is
-    one; ``sensitivity`` (the rise of the loss one octave off the optimum, the mean of both sides)."""
+    one; ``beyond`` where the grid ends before that learning rate, and the regret is that of its nearest end, which is
+    less if the loss rises on; ``sensitivity`` (the rise of the loss one octave off the optimum, the mean of
+    both sides)."""
 
     parametrization: str
     width: int
@@ -101,6 +103,7 @@ class Transfer:
     shift_error: float
     regret: float
     regret_error: float
+    beyond: bool
     sensitivity: float
     at_edge: bool
     diverged: int
@@ -144,7 +147,8 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
         tuned = base.lrs[base.best]
         for curve in family:
             best = curve.best
-            regret, error = curve.rise(tuned) if tuned in curve.lrs else (math.nan, math.nan)
+            nearest = min(max(tuned, curve.lrs[0]), curve.lrs[-1])
+            regret, error = curve.rise(nearest) if nearest in curve.lrs else (math.nan, math.nan)
             found.append(
                 Transfer(
                     name,
@@ -155,6 +159,7 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                     _shift_error(curve, base),
                     regret,
                     error,
+                    nearest != tuned,
                     _sensitivity(curve),
                     curve.at_edge,
                     sum(map(math.isinf, curve.losses)),

@@ -28,9 +28,17 @@ def _row(each: Transfer) -> tuple[str, ...]:
         f"{each.best_lr:.4g}{edge}",
         f"{each.best_loss:.4f}",
         f"{each.shift:+.2f}{_error(each.shift_error, 2)}",
-        "diverged" if math.isinf(each.regret) else f"{each.regret:.4f}{_error(each.regret_error, 4)}",
+        _regret(each),
         "·" if math.isnan(each.sensitivity) else f"{each.sensitivity:.4f}",
     )
+
+
+def _regret(each: Transfer) -> str:
+    if math.isinf(each.regret):
+        return "diverged"
+    if math.isnan(each.regret) or (each.beyond and each.regret == 0):
+        return "·"
+    return f"{'> ' if each.beyond else ''}{each.regret:.4f}{_error(each.regret_error, 4)}"
 
 
 def _error(value: float, digits: int) -> str:

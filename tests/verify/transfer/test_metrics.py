@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")
+from widthwise.verify.transfer import report
 from widthwise.verify.transfer.metrics import curves, transfers
 
 
@@ -83,6 +84,14 @@ def test_another_model_has_a_base_of_its_own() -> None:
     found = {(each.parametrization, each.width): each.shift for each in transfers(rows)}
     assert found["other", 256] == pytest.approx(0)
     assert found["third", 256] == pytest.approx(1)
+
+
+def test_regret_past_the_end_of_a_grid_is_a_bound() -> None:
+    rows = entries(64, -1.0, 2.0) + [row for row in entries(256, -5.0, 1.8) if row["lr"] < 2**-2.9]
+    found = {each.width: each for each in transfers(rows)}
+    assert (found[64].beyond, found[256].beyond) == (False, True)
+    assert found[256].regret == pytest.approx(0.1 * 2**2)  # of 0.1 · 4², at the end two octaves off
+    assert "| > 0.4000 |" in report.markdown(rows)
 
 
 def test_divergence_counts_as_an_infinite_loss() -> None:
