@@ -1,6 +1,5 @@
 """What surrounds the op: autograd once, compilation, export, checkpointing, autocast, DDP, FLA's names, imports."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -115,16 +114,6 @@ def test_exports_as_one_node(layer):
     assert [node.target for node in program.graph.nodes].count(OP) == 1
     for given in (x, torch.randn(3, 77, 8)):
         torch.testing.assert_close(program.module()(given), layer(given))
-
-
-def test_what_the_gpu_saves_does_not_depend_on_the_length(layer, monkeypatch):
-    """A trace with dynamic shapes, as on a GPU: nothing is computed, so this is the same on the CPU."""
-    # Imported before the interpreter is asked for, or the kernels would be the interpreter's from here on.
-    importlib.import_module("widthwise.kernels.triton_scan")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("time", min=2, max=65536)}}
-    program = torch.export.export(layer, (torch.randn(2, 20, 8),), dynamic_shapes=shapes)
-    assert [node.target for node in program.graph.nodes].count(OP) == 1
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
