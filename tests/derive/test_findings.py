@@ -47,4 +47,29 @@ def test_a_norm_behind_the_gain_takes_the_coherent_part_away(normed: bool, where
 def test_a_tied_readout_meets_its_own_rows(name: str) -> None:
     table = derive(architecture(name, tied=True), "adamw")
     assert "own row of embed" in found(table, "tied-readout")["lm_head"]
+    (finding,) = (each for each in table.findings if each.kind == "tied-readout")
+    assert finding.exponent == HALF
+    assert finding.cure == "lower the base multiplier of lm_head by n_base^1/2"
     assert not found(derive(architecture(name), "adamw"), "tied-readout")
+
+
+@pytest.mark.parametrize(("skipped", "where"), [(True, ["head"]), (False, [])])
+def test_rows_that_do_not_reach_the_readout_are_not_met(skipped: bool, where: list[str]) -> None:
+    g = Builder("tied")
+    width, vocabulary = g.dim("n", 1), g.dim("vocab")
+    x = g.embedding("table", vocabulary, width)
+    y = g.linear(x, "hidden", width)  # W e, which eᵀ meets as a sum of independent signs
+    g.cross_entropy(g.readout(g.norm(g.residual(x, y) if skipped else y), "head", vocabulary, tied_to="table"))
+    assert list(found(derive(g.build()), "tied-readout")) == where
+
+
+def test_a_batch_norm_sinks_below_its_eps_as_the_others_do() -> None:
+    g = Builder("small")
+    width = g.dim("n", 1)
+    h = g.linear(g.input("x", g.dim("features")), "first", width)
+    normed = g.op("batch_norm", g.linear(h, "small", width, output="z"), eps=1e-5)
+    g.cross_entropy(g.readout(normed, "head", g.dim("classes")))
+    graph = g.build()
+    assert not found(derive(graph), "norm-eps")
+    table = derive(graph, fix={"small.init_std": "-1"})
+    assert "z has size n^-1/2 in front of a norm with eps 1e-05" in found(table, "norm-eps")["z"]

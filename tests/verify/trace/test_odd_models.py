@@ -121,6 +121,17 @@ class TestWorks:
         assert table.rule("embed").init_std == described.rule("embeddings").init_std
         assert table.rule("logits_scale").multiplier == described.rule("lm_head").multiplier
 
+    def test_an_ellipsis_stands_for_the_last_axes_of_the_longer(self) -> None:
+        """Gates of [time, features] meet heads of [batch, time, features]."""
+
+        def done(m, x):
+            heads, gate = x.unflatten(0, (1, 3)), m.hidden(x)
+            return torch.einsum("...d,...d->...d", heads, gate).flatten(0, 1)
+
+        graph = trace(around(done)).graph
+        (product,) = (node for node in graph.ordered if node.op == "einsum")
+        assert [str(each) for each in product.shape] == ["width"]
+
     def test_torchs_own_transformer_layer(self) -> None:
         """Its q, k, v are taken one by one from a packed projection: each meets what it should."""
 
@@ -329,6 +340,10 @@ class TestRefused:
             return y if len(y) == len(x) else y.T
 
         self.check(around(done), said, "aten.einsum")
+
+    def test_a_batch_norm_in_evaluation(self) -> None:
+        make = around(lambda m, x: m.norm(m.hidden(x)), norm=lambda n: nn.BatchNorm1d(n).eval())
+        self.check(make, "a batch norm in evaluation", "as it trains")
 
     def test_a_scale_that_follows_no_power(self) -> None:
         self.check(around(lambda m, x: m.hidden(x) * (1 + 1 / x.shape[-1])), "follow no power of the width")
