@@ -30,7 +30,7 @@ from widthwise.verify.coord.described import Described
 from widthwise.verify.coord.files import rounded
 from widthwise.verify.coord.predict import follows_gradient, predictions
 from widthwise.verify.coord.run import Measurements, measure
-from widthwise.verify.coord.show import power
+from widthwise.verify.coord.show import table_row
 from widthwise.verify.coord.stats import Result, Slope, results
 
 EXACT = ("forward", "gradient", "weight", "weight gradient", "step", "own step")  # the others are bounds
@@ -165,14 +165,6 @@ def asked_for(words: list[str]) -> list[str]:
     return [word for word in kept if word != "--resume"]
 
 
-def line(each: Result) -> str:
-    slope, bound = each.slope, "≤ " * each.bound
-    return (
-        f"| {each.verdict} | {each.kind} | `{each.name}` | {each.step} | {bound}{power(each.predicted)} "
-        f"| {slope.value:+.2f} ± {slope.error:.2f} | {slope.local:+.2f} ± {slope.local_error:.2f} |"
-    )
-
-
 def text(head: str, reports: list[Report]) -> str:
     """The page: how many predictions agree, and each that does not."""
     lines = ["# Coordinate check: derived and measured", "", head, ""]
@@ -204,7 +196,7 @@ def text(head: str, reports: list[Report]) -> str:
     for each in reports:
         lines += [f"## {each.title}", "", "| | what | of | step | derived | measured | at the two largest widths |"]
         lines += ["|---|---|---|---|---:|---:|---:|"]
-        lines += [line(result) for result in each.results if result.verdict != "ok"]
+        lines += [table_row(result) for result in each.results if result.verdict != "ok"]
         lines.append("")
     return "\n".join(lines)
 

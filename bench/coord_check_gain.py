@@ -12,11 +12,10 @@ from math import sqrt
 
 import torch
 from coord_check_gates import batches, subject
-from torch import Tensor
 
+from widthwise.verify.coord.alignment import gradients
 from widthwise.verify.coord.run import Measurements
 from widthwise.verify.coord.stats import fit
-from widthwise.verify.coord.subject import Batch, Model
 
 STEPS = (1, 5, 20, 60)
 PARTS = ("through W₀", "through ΔW", "together")
@@ -49,13 +48,6 @@ def watch(found: Measurements, smallest: int, width: int, seed: int) -> None:
         gradients(model, batch)
         model.optimizer.step()
         batch = next(data)
-
-
-def gradients(model: Model, batch: Batch) -> dict[str, Tensor]:
-    model.optimizer.zero_grad(set_to_none=True)
-    tensors = model.forward(batch)
-    tensors["loss"].backward()  # type: ignore[no-untyped-call]
-    return tensors
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ from widthwise.verify.coord.check import Report  # noqa: E402
 from widthwise.verify.coord.files import rounded  # noqa: E402
 from widthwise.verify.coord.predict import predictions  # noqa: E402
 from widthwise.verify.coord.run import Measurements, measure  # noqa: E402
-from widthwise.verify.coord.show import derived  # noqa: E402
-from widthwise.verify.coord.stats import Result, results  # noqa: E402
+from widthwise.verify.coord.show import table_row  # noqa: E402
+from widthwise.verify.coord.stats import results  # noqa: E402
 
 STEPS = 2
 Job = tuple[str | Request, Path, tuple[int, ...], int]
@@ -60,14 +60,6 @@ def report(name: str | Request, file: Path, widths: tuple[int, ...], seeds: list
     return Report(checked.title, checked.table.hash, widths, len(seeds), STEPS, held, {})
 
 
-def line(each: Result) -> str:
-    slope = each.slope
-    return (
-        f"| {each.verdict} | {each.kind} | `{each.name}` | {each.step} | {derived(each)} | {slope.value:+.2f} ± "
-        f"{slope.error:.2f} | {slope.local:+.2f} ± {slope.local_error:.2f} |"
-    )
-
-
 def text(head: str, reports: list[Report]) -> str:
     lines = ["# Coordinate check of traced models", "", head, ""]
     lines += ["What is not ok, and why: [tracing.md](tracing.md).", ""]
@@ -78,7 +70,7 @@ def text(head: str, reports: list[Report]) -> str:
     for each in reports:
         lines += ["", f"## {each.title}", "", "| | what | of | step | derived | measured | at the two largest widths |"]
         lines += ["|---|---|---|---|---:|---:|---:|"]
-        lines += [line(result) for result in each.results if result.verdict != "ok"]
+        lines += [table_row(result) for result in each.results if result.verdict != "ok"]
     return "\n".join(lines) + "\n"
 
 

@@ -154,10 +154,16 @@ def test_interpreter():
 @pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
 @pytest.mark.parametrize("length", [1, 2, 15, 63, 64, 65, 200])
 def test_shapes(key_dim, value_dim, length, dtype):
-    # Of one or two tokens many, for dg and dbeta to be more than the four inner products, some near zero by chance,
-    # in which rounding a state to bf16 is 0.003 in the median, but more than 0.006 in 8 % of draws.
-    batch = 2 if length > 2 else 32
-    assert worst(draw(batch, length, 2, 1, key_dim, value_dim, dtype), reference=fast_oracle) < TOLERANCE[dtype]
+    assert worst(draw(2, length, 2, 1, key_dim, value_dim, dtype), reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
+@pytest.mark.parametrize("length", [1, 2])
+def test_many_short_sequences(key_dim, value_dim, length, dtype):
+    """Where dg and dbeta are more than four inner products, some of them near zero by chance."""
+    assert worst(draw(32, length, 2, 1, key_dim, value_dim, dtype), reference=fast_oracle) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -257,10 +263,13 @@ def test_segments(batch, length, width, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e12])
-def test_fp32_of_any_magnitude(magnitude, normalize):
+@pytest.mark.parametrize("balanced", [True, False])
+def test_fp32_of_any_magnitude(magnitude, normalize, balanced):
+    """``balanced``: what flows back through raw q is as large as what flows back from the final state."""
     (q, k, v, g, beta), initial, (do, dfinal), _ = draw(2, 200, 2, 2, 128, 128, torch.float32)
     if not normalize:
-        q, do, k = q * magnitude, do / magnitude, torch.nn.functional.normalize(k, dim=-1)
+        q, k = q * magnitude, torch.nn.functional.normalize(k, dim=-1)
+        do = do / magnitude if balanced else do
     case = ((q, k, v * magnitude, g, beta), initial * magnitude, (do * 1e-6, dfinal * 1e-6), None)
     assert worst(case, normalize, fast_oracle) < TOLERANCE[torch.float32]
 

@@ -22,7 +22,7 @@ from widthwise.verify.coord.described import Described, Run
 from widthwise.verify.coord.predict import used_in
 from widthwise.verify.coord.run import Measurements
 from widthwise.verify.coord.stats import Slope, fit
-from widthwise.verify.coord.subject import Batch, Snapshot
+from widthwise.verify.coord.subject import Batch, Model, Snapshot
 from widthwise.verify.execute import apply
 
 Batches = Callable[[int], Iterator[Batch]]
@@ -165,7 +165,7 @@ def _train(
     start: Snapshot | None = None
     for step in range(max(at) + 1):
         if step in at or start is None:
-            tensors = _gradients(model, probe)
+            tensors = gradients(model, probe)
             now = Snapshot(
                 {name: each.detach() for name, each in tensors.items()},
                 {role: each.detach().clone() for role, each in model.parameters.items()},
@@ -182,12 +182,13 @@ def _train(
                 if parameter.grad is not None:
                     found.note("weight gradient", role, step, seed, rms=sqrt(float(parameter.grad.square().mean())))
             found.note("loss", "loss", step, seed, value=float(tensors["loss"].detach()))
-        _gradients(model, batch)
+        gradients(model, batch)
         model.optimizer.step()
         batch = next(data)
 
 
-def _gradients(model: Run, batch: Batch) -> dict[str, Tensor]:
+def gradients(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """All tensors of a forward pass, with the gradients of one backward pass on them and on the parameters."""
     model.optimizer.zero_grad(set_to_none=True)
     tensors = model.forward(batch)
     tensors["loss"].backward()  # type: ignore[no-untyped-call]

@@ -22,8 +22,6 @@ from widthwise.derive.solve import STEP
 from widthwise.derive.table import KNOBS
 from widthwise.derive.update import solve_updates, weight_of
 
-PASSES = 3  # from gradients to steps and back, after which sizes under correct rules have settled
-
 Kind = Literal["forward", "gradient", "weight", "weight gradient", "step", "own step", "upstream", "change"]
 
 KINDS: Mapping[Kind, str] = {
@@ -141,20 +139,14 @@ def _untrained(forward: Forward) -> Forward:
 
 def _as_stepped(walk: Backward, law: Law, fixed: Mapping[tuple[str, str], Expr]) -> Backward:
     """The walk with every step as large as its learning rate makes it, rather than as what it feeds would tolerate:
-    behind a multiplier that was moved, a tensor has a scale of its own, which no tolerance of the graph knows.
-
-    Each pass takes the gradients that the pass before has led to, the first those of initial sizes.
-    """
-    found = walk
-    gradients = Backward(_untrained(walk.forward)).run()
-    for _ in range(PASSES):
-        steps = {
-            (STEP, f"{role}@{tensor}"): update.lr + effect.value
-            for role, update in solve_updates(gradients, law, fixed).items()
-            for tensor, effect in zip(_uses(walk.graph, role), update.effects, strict=True)
-        }
-        found = gradients = Backward(walk_forward(walk.graph, walk.assume, {**fixed, **steps})).run()
-    return found
+    behind a multiplier that was moved, a tensor has a scale of its own, which no tolerance of the graph knows."""
+    start = Backward(_untrained(walk.forward)).run()
+    steps = {
+        (STEP, f"{role}@{tensor}"): update.lr + effect.value
+        for role, update in solve_updates(start, law, fixed).items()
+        for tensor, effect in zip(_uses(walk.graph, role), update.effects, strict=True)
+    }
+    return Backward(walk_forward(walk.graph, walk.assume, {**fixed, **steps})).run()
 
 
 def _uses(graph: Graph, role: str) -> Iterator[str]:

@@ -78,6 +78,15 @@ def derived(result: Result) -> str:
     return low + power(result.predicted)
 
 
+def table_row(each: Result) -> str:
+    """A result as a row in Markdown: verdict, kind, name, step, derived, measured, at the two largest widths."""
+    slope = each.slope
+    return (
+        f"| {each.verdict} | {each.kind} | `{each.name}` | {each.step} | {derived(each)} | {slope.value:+.2f} ± "
+        f"{slope.error:.2f} | {slope.local:+.2f} ± {slope.local_error:.2f} |"
+    )
+
+
 def power(exponent: float) -> str:
     """``-1/2``; two decimals where it is no half."""
     halves = round(2 * exponent)
