@@ -3,32 +3,22 @@
 #
 #   RESULTS=folder [LIMIT=480] [JOBS=3] [PYTHON=python3] sh bench/transfer/run.sh FILE... [-- FILE...]
 #
-# Sweeps before a `--` are finished before those after it begin. Results are on disk after every run, and the same
-# command goes on from them. Where a step cannot be captured as a CUDA graph, all of it is done without.
+# Sweeps before a `--` are finished before those after it begin. They go on from what docs/results/transfer holds, and
+# from the folder where a stopped command left off; results are on disk after every run.
 set -u
 : "${RESULTS:?is the folder for results}" "${LIMIT:=480}" "${JOBS:=3}" "${PYTHON:=python3}"
 end=$(($(date +%s) + LIMIT))
-mkdir -p "$RESULTS/sweeps"
+mkdir -p "$RESULTS"
 left() { echo $((end - $(date +%s))); }
-
-options=
-if [ ! -f "$RESULTS/graph" ]; then
-  timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/verify/transfer/test_graph.py \
-    -k "changes_no_loss and adamw" >"$RESULTS/graph.txt" 2>&1 && echo true >"$RESULTS/graph" || echo false >"$RESULTS/graph"
-  tail -n 3 "$RESULTS/graph.txt"
-fi
-graph=$(cat "$RESULTS/graph")
-echo "graph = $graph; $(left) s left"
 
 group() {
   [ $# -gt 0 ] && [ "$(left)" -gt 15 ] || return 0
-  files=
   for file in "$@"; do
-    sed "s/^bf16 = true/bf16 = true\ngraph = $graph/" "$file" >"$RESULTS/sweeps/${file##*/}"
-    files="$files $RESULTS/sweeps/${file##*/}"
+    results=$(basename "$file" .toml).jsonl
+    [ -e "$RESULTS/$results" ] || [ ! -e "docs/results/transfer/$results" ] ||
+      cp "docs/results/transfer/$results" "$RESULTS/"
   done
-  # shellcheck disable=SC2086  # names of sweeps have no spaces
-  timeout -s INT -k 10 "$(left)" "$PYTHON" -m widthwise sweep $files --output "$RESULTS" --jobs "$JOBS" \
+  timeout -s INT -k 10 "$(left)" "$PYTHON" -m widthwise sweep "$@" --output "$RESULTS" --jobs "$JOBS" \
     >>"$RESULTS/sweeps.log" 2>&1
   echo "$* ended with $?; $(left) s left"
 }
@@ -36,7 +26,7 @@ group() {
 files=
 for argument in "$@" --; do
   if [ "$argument" = -- ]; then
-    # shellcheck disable=SC2086
+    # shellcheck disable=SC2086  # names of sweeps have no spaces
     group $files
     files=
   else

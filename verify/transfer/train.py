@@ -43,8 +43,8 @@ def _corpus(data: str) -> Corpus:
 
 def batches(data: str, training: Training, seed: int, *, split: str = "train") -> Batches:
     """What a run reads: text, or made-up recall."""
-    if data == "mqar":
-        return mqar.batches(training.batch, training.length, 2 * seed + (split == "valid"), vocabulary=VOCABULARY)
+    if data in mqar.TASKS:
+        return mqar.batches(training.batch, training.length, 2 * seed + (split == "valid"), **mqar.TASKS[data])
     return _corpus(data).batches(training.batch, training.length, seed, split=split)
 
 
