@@ -104,7 +104,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs to compare. ``sizes`` are those at the base width; ``data``: ``stdlib``, a task of ``mqar`` or a path."""
+    """All runs to compare. ``sizes`` are those at the base width; ``data`` is ``stdlib``, a task of mqar, or a path."""
 
     name: str
     architecture: str
