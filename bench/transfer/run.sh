@@ -18,7 +18,7 @@ group() {
     [ -e "$RESULTS/$results" ] || [ ! -e "docs/results/transfer/$results" ] ||
       cp "docs/results/transfer/$results" "$RESULTS/"
   done
-  timeout -s INT -k 10 "$(left)" "$PYTHON" -m widthwise sweep "$@" --output "$RESULTS" --jobs "$JOBS" \
+  timeout -s INT -k 10 "$(left)" "$PYTHON" -m widthwise sweep "$@" --output "$RESULTS" --jobs "$JOBS" --no-plot \
     >>"$RESULTS/sweeps.log" 2>&1
   echo "$* ended with $?; $(left) s left"
 }

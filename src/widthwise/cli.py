@@ -199,7 +199,8 @@ def demo(data: Path | None, seconds: float, output: Path) -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="results, or a folder (default: FILE.jsonl)")
 @click.option("--executor", default="local", show_default=True, help="local, or ray for a Ray cluster")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="runs at a time, on each GPU")
-def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int) -> None:
+@click.option("--plot/--no-plot", default=True, show_default=True, help="a picture beside the results")
+def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int, plot: bool) -> None:
     """Train the grids of FILES (TOML): widths × learning rates × parametrizations × seeds; goes on where it stopped."""
     with _torch():
         from widthwise.verify.transfer.config import read_sweep
@@ -212,7 +213,7 @@ def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int
     failures = carry_out([(read_sweep(file), path) for file, path in zip(files, paths, strict=True)], executor, jobs)
     for path in paths:
         if entries := list(Results(path).load().values()):
-            _transfer(entries, None)
+            _transfer(entries, path.with_suffix(".png") if plot else None)
     if failures:
         click.secho(f"{len(failures)} runs failed or were left; the same command tries them again", fg="red", err=True)
         sys.exit(1)
@@ -241,25 +242,36 @@ def train(
 @click.option("--markdown", is_flag=True, help="print the table for a page")
 def plot(results: Path, output: Path | None, markdown: bool) -> None:
     """Loss against learning rate, a line a width, from a sweep's RESULTS; and what transfer costs."""
+    from widthwise.derive.errors import DeriveError
+
     with _torch():
         from widthwise.verify.transfer import report
         from widthwise.verify.transfer.results import Results
-    entries = list(Results(results).load().values())
+    if not (entries := list(Results(results).load().values())):
+        raise DeriveError(f"{results} holds no finished run", cure="widthwise sweep makes some")
     if markdown:
         click.echo(report.markdown(entries), nl=False)
     else:
-        _transfer(entries, output or results.with_suffix(".png"))
+        _transfer(entries, output or results.with_suffix(".png"), needed=True)
 
 
-def _transfer(entries: list[dict[str, Any]], picture: Path | None) -> None:
+def _transfer(entries: list[dict[str, Any]], picture: Path | None, needed: bool = False) -> None:
+    """Table and picture; a picture that is not needed is left out, with a word why, where it cannot be made."""
     from rich.console import Console
 
+    from widthwise.derive.errors import DeriveError
     from widthwise.verify.transfer import report
 
     Console(highlight=False).print(report.table(entries))
-    if picture is not None:
+    if picture is None:
+        return
+    try:
         report.plot(entries, picture)
         click.echo(f"plotted to {picture}")
+    except DeriveError as error:
+        if needed:
+            raise
+        click.echo(f"no picture: {error.what} ({error.cure})")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 IGNORED = -100  # what cross_entropy skips
 
-TASKS: Mapping[str, Mapping[str, Any]] = {"mqar": {}, "mqar-mixed": {"vocabulary": 64, "mixed": True}}
+TASKS: Mapping[str, Mapping[str, Any]] = {"mqar": {}, "mqar-mixed": {"vocabulary": 32, "mixed": True}}
 """By the name that a sweep gives for its data. Where all sequences are long the loss stays at that of guessing for a
 time that chance decides, and then falls at once; mixed ones are learned one after the other, shortest first."""
 

@@ -17,7 +17,12 @@ HEADINGS = ("parametrization", "width", "best lr", "loss there", "shift, octaves
 
 def rows(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table's cells. An optimum at an edge of the grid is marked, since it may lie beyond."""
-    return [_row(each) for each in transfers(entries)]
+    entries = list(entries)
+    found = {(each.parametrization, each.width): _row(each) for each in transfers(entries)}
+    for curve in curves(entries):
+        nothing = curve.parametrization, str(curve.width), "·", "all diverged", "·", "·", "·"
+        found.setdefault((curve.parametrization, curve.width), nothing)
+    return [found[key] for key in sorted(found)]
 
 
 def _row(each: Transfer) -> tuple[str, ...]:
@@ -49,7 +54,8 @@ def table(entries: Iterable[Mapping[str, Any]]) -> Table:
     """For the terminal."""
     made = Table()
     for index, heading in enumerate(HEADINGS):
-        made.add_column(heading, justify="left" if index == 0 else "right")
+        first = index == 0
+        made.add_column(heading, justify="left" if first else "right", no_wrap=first)
     for row in rows(entries):
         made.add_row(*row)
     return made
@@ -66,19 +72,21 @@ def plot(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Loss against log2 of the learning rate: a panel a parametrization, a line a width, lowest points marked.
 
     Raises:
-        DeriveError: without matplotlib, or when the file cannot be written.
+        DeriveError: without matplotlib, when the file cannot be written, or where there is nothing to plot.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise DeriveError("plots need matplotlib", cure="pip install 'widthwise[plot]'") from None
+    finite = [curve for curve in curves(entries) if math.isfinite(min(curve.losses))]
+    if not finite:
+        raise DeriveError("there is no run to plot that did not diverge", cure="try smaller learning rates")
     families: dict[str, list[Curve]] = {}
-    for curve in curves(entries):
+    for curve in finite:
         families.setdefault(curve.parametrization, []).append(curve)
     figure = Figure(figsize=(4.4 * len(families), 3.6), layout="constrained")
     axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
-    low = min(min(curve.losses) for family in families.values() for curve in family)
-    ends = [curve.losses[curve.best] for family in families.values() for curve in family]
+    ends = [curve.losses[curve.best] for curve in finite]
     for axis, (name, family) in zip(axes, families.items(), strict=True):
         for shade, curve in enumerate(family):
             color = (0.1, 0.2 + 0.6 * shade / max(1, len(family) - 1), 0.9 - 0.7 * shade / max(1, len(family) - 1))
@@ -87,13 +95,11 @@ def plot(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
                 for lr, loss, error in zip(curve.lrs, curve.losses, curve.errors, strict=True)
                 if math.isfinite(loss)
             ]
-            if not kept:
-                continue
             x, y, error = zip(*kept, strict=True)
             axis.errorbar(x, y, [0 if math.isnan(each) else each for each in error], color=color, label=curve.width)
             axis.plot(math.log2(curve.lrs[curve.best]), curve.losses[curve.best], "o", color=color)
         axis.set(title=name, xlabel="log2 learning rate at the base width")
-        axis.set_ylim(low - 0.05, max(ends) + 0.5)
+        axis.set_ylim(min(ends) - 0.05, max(ends) + 0.5)
         axis.legend(title="width")
     axes[0].set_ylabel("loss, nats a token")
     try:

@@ -92,7 +92,7 @@ def _round(books: list[Books], execute: Executor, jobs: int, failures: dict[str,
         return False
     task = progress.add_task("runs", total=len(waiting))
     noted: set[str] = set()
-    for run, outcome in execute(list(waiting.values()), jobs):
+    for number, (run, outcome) in enumerate(execute(list(waiting.values()), jobs), 1):
         progress.advance(task)
         if FAILED in outcome:
             failures[run.key] = f"{_name(run)}: {outcome[FAILED]}"
@@ -102,7 +102,7 @@ def _round(books: list[Books], execute: Executor, jobs: int, failures: dict[str,
             if run.key in each.grid:
                 each.add(run, outcome)
         says = "diverged" if outcome["diverged"] is not None else f"{outcome['loss']:.4f}"
-        progress.console.print(f"{_name(run)}: {says} ({outcome['seconds']:.0f} s)")
+        progress.console.print(f"{number}/{len(waiting)} {_name(run)}: {says} ({outcome['seconds']:.0f} s)")
         if (note := outcome.get("note")) and note not in noted:
             progress.console.print(f"note: {note}")
             noted.add(note)

@@ -73,6 +73,26 @@ def test_a_sweep_runs_once_and_reports(folder: Path) -> None:
     assert "6 runs, 6 of them finished before" in again.output
     assert (folder / "sweep.jsonl").read_bytes() == before
     assert run("plot", folder / "sweep.jsonl", "--markdown").output.count("| widthwise | 32 |") == 1
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_plot_is_said(folder: Path, sweep: Sweep) -> None:
+    results = folder / "results.jsonl"
+    results.touch()
+    assert "holds no finished run" in run("plot", results).output
+    for each in sweep.runs():
+        Results(results).add(each, {"loss": None, "diverged": 3})
+    result = run("plot", results)
+    assert result.exit_code == 2
+    assert "no run to plot that did not diverge" in result.output
+    assert run("plot", results, "--markdown").output.count("| all diverged |") == 4
+
+
+def test_a_picture_that_cannot_be_made_fails_no_sweep(folder: Path) -> None:
+    (folder / "sweep.png").mkdir()
+    result = run("sweep", folder / "sweep.toml")
+    assert result.exit_code == 0, result.output
+    assert "no picture: cannot write" in result.output
 
 
 def test_equal_runs_have_equal_losses_and_the_base_width_is_common(sweep: Sweep) -> None:
@@ -126,6 +146,24 @@ def test_a_full_disk_loses_nothing(folder: Path, sweep: Sweep, monkeypatch: pyte
     with pytest.raises(DeriveError, match="No space left on device"):
         results.add(runs[1], outcome)
     assert path.read_bytes() == before
+
+
+def test_a_line_that_a_full_disk_cuts_short_is_taken_back(folder: Path) -> None:
+    """The system itself refuses to write on, in the middle of the second or third line."""
+    command = [sys.executable, "-m", "widthwise", "sweep", str(folder / "sweep.toml"), "--no-plot"]
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)); "
+    limit += "os.execv(sys.argv[1], sys.argv[1:])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    stopped = subprocess.run([sys.executable, "-c", limit, *command], env=environment, capture_output=True, text=True)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "sweep.jsonl: No space left on device" in stopped.stderr
+    assert "what was finished is kept" in stopped.stderr
+    before = (folder / "sweep.jsonl").read_bytes()
+    assert before.endswith(b"\n")
+    assert 1 <= len(Results(folder / "sweep.jsonl").load()) < 6
+    assert run("sweep", folder / "sweep.toml").exit_code == 0
+    assert (folder / "sweep.jsonl").read_bytes().startswith(before)
+    assert len(Results(folder / "sweep.jsonl").load()) == 6
 
 
 def test_results_that_are_none_are_refused(folder: Path) -> None:
@@ -241,6 +279,17 @@ def test_several_at_a_time_give_the_same(folder: Path, sweep: Sweep, how: str, r
     assert outcomes[runs[0].key]["loss"] == train.train(runs[0])["loss"]
 
 
+def test_a_node_that_is_lost_loses_no_run(folder: Path, sweep: Sweep, cluster: Any) -> None:
+    long = replace(sweep, training=replace(sweep.training, steps=60), parametrizations=("widthwise",))
+    done = []
+    for outcome in execute.ray(list(long.runs()), 2):
+        if not done:
+            cluster.remove_node(next(node for node in cluster.list_all_nodes() if node is not cluster.head_node))
+        done.append(outcome)
+    assert len(done) == 4
+    assert all(outcome["loss"] > 0 for _, outcome in done)
+
+
 @pytest.fixture
 def cluster() -> Any:
     """Two Ray nodes on this machine."""
@@ -249,7 +298,8 @@ def cluster() -> Any:
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     made.add_node(num_cpus=1)
-    ray.init(address=made.address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT / "src")}})
+    path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(address=made.address, runtime_env={"env_vars": {"PYTHONPATH": path}})
     yield made
     ray.shutdown()
     made.shutdown()
