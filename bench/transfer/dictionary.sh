@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the second text: 8 MiB (A to D) of the GNU Collaborative International Dictionary of English (GPL), from Debian.
+# Makes the second text: 8 MiB (A to C) of the GNU Collaborative International Dictionary of English (GPL), from Debian.
 #
 #   sh bench/transfer/dictionary.sh      # out/data/dictionary/000 ... 127, of which a tenth is held out
 set -eu

@@ -215,7 +215,8 @@ def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int
         if entries := list(Results(path).load().values()):
             _transfer(entries, path.with_suffix(".png") if plot else None)
     if failures:
-        click.secho(f"{len(failures)} runs failed or were left; the same command tries them again", fg="red", err=True)
+        count = f"{len(failures)} run{'s' * (len(failures) > 1)}"
+        click.secho(f"{count} failed or were left; the same command tries again", fg="red", err=True)
         sys.exit(1)
 
 

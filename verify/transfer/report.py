@@ -87,6 +87,7 @@ def plot(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4.4 * len(families), 3.6), layout="constrained")
     axes = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
     ends = [curve.losses[curve.best] for curve in finite]
+    highest = max(loss for curve in finite for loss in curve.losses if math.isfinite(loss))
     for axis, (name, family) in zip(axes, families.items(), strict=True):
         for shade, curve in enumerate(family):
             color = (0.1, 0.2 + 0.6 * shade / max(1, len(family) - 1), 0.9 - 0.7 * shade / max(1, len(family) - 1))
@@ -96,10 +97,11 @@ def plot(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
                 if math.isfinite(loss)
             ]
             x, y, error = zip(*kept, strict=True)
-            axis.errorbar(x, y, [0 if math.isnan(each) else each for each in error], color=color, label=curve.width)
+            bars = [0 if math.isnan(each) else each for each in error]
+            axis.errorbar(x, y, bars, color=color, marker=".", markersize=4, label=curve.width)
             axis.plot(math.log2(curve.lrs[curve.best]), curve.losses[curve.best], "o", color=color)
         axis.set(title=name, xlabel="log2 learning rate at the base width")
-        axis.set_ylim(min(ends) - 0.05, max(ends) + 0.5)
+        axis.set_ylim(min(ends) - 0.03, min(max(ends) + 0.5, highest + 0.03))
         axis.legend(title="width")
     axes[0].set_ylabel("loss, nats a token")
     try:
