@@ -44,6 +44,7 @@ def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
         "has_eps": any(rule.eps is not None for rule, _ in rules),
         "packed": any(parameter.rows is not None for _, parameter in rules),
         "input_first": any(parameter.input_first for _, parameter in rules),
+        "largest": any(rule.lr_log is not None for rule, _ in rules),
         "taps": any(_taps(graph, parameter) for _, parameter in rules),
     }
 
@@ -77,6 +78,8 @@ def _rule(rule: Rule, parameter: Parameter, taps: int) -> Row:
         value = getattr(rule, knob)
         if value is not None and (value != ZERO or knob in ("lr", "eps")):
             arguments.append(f"{knob}={number(value)}")
+    if rule.lr_log is not None:
+        arguments += [f"lr_log={number(rule.lr_log)}", f"channels={quoted(rule.channels)}"]
     if parameter.input_first:
         arguments.append("input_first=True")
     if taps:

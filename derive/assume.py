@@ -27,6 +27,8 @@ class Assumptions:
         backward_weight: an initial weight met with a back-propagated gradient (W₀ᵀ·g).
         nonlinear_mean: what to make of a mean that a nonlinearity creates (SiLU): ``crossover`` compares the
             axis with the length at which the mean takes over, ``coherent`` and ``ignored`` do not look.
+        channels: whether steps that follow gradients are held for the ``typical`` channel, or for the ``largest`` one
+            where several trained factors multiply in each (see :mod:`widthwise.derive.channels`).
     """
 
     name: str
@@ -39,13 +41,14 @@ class Assumptions:
     forward_backward: Literal["symmetry", "aligned"] = "symmetry"
     backward_weight: Literal["symmetry", "operator-norm"] = "symmetry"
     nonlinear_mean: Literal["crossover", "coherent", "ignored"] = "crossover"
+    channels: Literal["typical", "largest"] = "typical"
     regime: Regime = "practical"
     regimes: tuple[Regime, ...] = ("practical",)
     preset: bool = False
 
     def statements(self) -> tuple[str, ...]:
         """The set in words, one line per kind of contraction."""
-        return tuple(
+        statements = tuple(
             f"{subject}: {_WORDS[branch]}"
             for subject, branch in (
                 ("activation · activation at init", self.activations),
@@ -58,6 +61,9 @@ class Assumptions:
                 ("means that nonlinearities create", self.nonlinear_mean),
             )
         )
+        if self.channels == "typical":
+            return statements
+        return (*statements, "products of trained factors: no channel gets away sooner, the largest of all included")
 
 
 _WORDS = {
@@ -77,6 +83,13 @@ SETS: dict[str, Assumptions] = {
             "at-init",
             "statistics at initialization decided by sign symmetry; own steps aligned; "
             "upstream changes at their operator-norm bound",
+            regimes=("practical", "asymptotic"),
+        ),
+        Assumptions(
+            "largest-channel",
+            "as at-init; where trained factors multiply in each channel and steps follow gradients, learning rates are "
+            "held for the largest channel rather than the typical one",
+            channels="largest",
             regimes=("practical", "asymptotic"),
         ),
         Assumptions(

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from widthwise.derive.backward import Backward
-from widthwise.derive.exponents import HALF, ZERO, at_most, n_to
+from widthwise.derive.channels import channels
+from widthwise.derive.exponents import HALF, ZERO, at_most, n_to, show
 from widthwise.derive.facts import ancestry
 from widthwise.derive.forward import Forward
 from widthwise.derive.graph import atoms, extent
@@ -227,6 +228,21 @@ def drifting_gradients(walk: Backward) -> Iterator[Finding]:
                 )
 
 
+def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
+    """Where three or more factors multiply, steps that follow gradients let the channel that is ahead get away."""
+    for each in channels(walk.graph) if law.follows and walk.assume.channels == "typical" else ():
+        if each.slower != ZERO:
+            yield Finding(
+                "largest-channel",
+                each.at,
+                ZERO,
+                f"{len(each.roles)} trained factors ({', '.join(each.roles)}) multiply in each of the N channels of "
+                f"{each.axes} behind {each.at}. Each grows as its fellows are large, so the largest of N channels gets "
+                f"away first: the largest stable lr of these roles falls as (ln N)^{show(each.slower)}, no power of n",
+                "derive with --assume largest-channel, or sweep the learning rate again at several times the width",
+            )
+
+
 def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Finding]:
     """Rules that change past the crossovers: both branches are derived, the one below them is printed."""
     for rule, other in zip(here, past, strict=True):
@@ -248,6 +264,7 @@ def collect(walk: Backward, updates: Mapping[str, Update], law: Law) -> tuple[Fi
     for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, met_again, broken_bounds):
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
-    for finding in (*wrong_steps(updates), *short_lived(walk, updates, law), *drifting_gradients(walk)):
+    trained = (*wrong_steps(updates), *short_lived(walk, updates, law), *drifting_gradients(walk))
+    for finding in (*trained, *early_channels(walk, law)):
         found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())

@@ -53,12 +53,14 @@ class Law:
         step: the step as a function of the parameter's sizes.
         decay: what weight decay has to keep, which depends on where the optimizer adds it.
         eps: the size of what eps is added to, as a function of the same sizes; None where there is no eps.
+        follows: whether each entry's step is as large as its own gradient, so that what is ahead gets ahead.
     """
 
     step: Callable[[Weight], Step]
     decay: Decay
     eps: Callable[[Weight], Expr | None]
     summary: str
+    follows: bool = False
 
 
 def _gradient(weight: Weight) -> Step:
@@ -97,7 +99,7 @@ SHRINKS = Decay(lambda weight, lr: -lr, "each step shrinks the weight by a width
 SHARES = Decay(lambda weight, lr: weight.gradient - weight.entry, "wd·w keeps in proportion to the gradient it joins")
 
 OPTIMIZERS: Mapping[str, Law] = {
-    "sgd": Law(_gradient, SHRINKS, _no_eps, "step = gradient; momentum changes no exponent"),
+    "sgd": Law(_gradient, SHRINKS, _no_eps, "step = gradient; momentum changes no exponent", follows=True),
     "adam": Law(_sign, SHARES, _gradient_size, "entries Θ(1); weight decay added to the gradient"),
     "adamw": Law(_sign, SHRINKS, _gradient_size, "entries Θ(1); decoupled weight decay"),
     "lion": Law(_sign, SHRINKS, _no_eps, "entries ±1; decoupled weight decay"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.exponents import n_to
+from widthwise.derive.exponents import n_to, show
 from widthwise.derive.table import RuleTable
 
 
@@ -32,6 +32,6 @@ def proof_lines(table: RuleTable, role: str) -> list[str]:
             for knob in ("init_std", "multiplier", "lr", "weight_decay", "eps", "norm_eps")
             if (value := getattr(rule, knob)) is not None
         )
-        + "."
+        + ("." if rule.lr_log is None else f", lr (ln {rule.channels})^{show(rule.lr_log)} besides.")
     )
     return lines

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sympy import Expr, latex
 
-from widthwise.derive.exponents import n_to
+from widthwise.derive.exponents import n_to, show
 from widthwise.derive.table import Rule, RuleTable
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ def cell(value: Expr | None) -> str:
     return "·" if value is None else "1" if value == 0 else f"{n_to(value)}"
 
 
+def knob_cell(rule: Rule, knob: str) -> str:
+    """A cell, with the power of ln N where the largest of N channels has a say."""
+    text = cell(getattr(rule, knob))
+    if rule.lr_log is None or knob not in ("lr", "weight_decay"):
+        return text
+    return f"{text} · (ln {rule.channels})^{show(rule.lr_log if knob == 'lr' else -rule.lr_log)}".removeprefix("1 · ")
+
+
 def title(table: RuleTable) -> str:
     return (
         f"{table.architecture} · {table.optimizer} · {table.scaling} · {table.assumptions[0].split(':')[0]}, "
@@ -54,7 +62,7 @@ def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableT
         title_justify="left",
         title_style="bold",
         caption_justify="left",
-        caption="multiply each base value by this power of n / n_base",
+        caption=f"multiply each base value by {_powers(table)}",
         header_style="bold",
     )
     for name in ("role", "shape"):
@@ -63,7 +71,7 @@ def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableT
     for name, _ in shown:
         grid.add_column(name, justify="right", no_wrap=True)
     for rule in table.rules:
-        grid.add_row(Text(rule.role), Text(shape(rule)), *(cell(getattr(rule, knob)) for _, knob in shown))
+        grid.add_row(Text(rule.role), Text(shape(rule)), *(knob_cell(rule, knob) for _, knob in shown))
     parts: list[RenderableType] = [grid]
     if table.findings:
         parts.append(Text(f"\n{len(table.findings)} findings", style="bold"))
@@ -77,6 +85,11 @@ def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableT
         parts += [Text(f"- {line}") for line in table.assumptions]
     parts.append(Text(f"\n{table.hash}", style="dim"))
     return parts
+
+
+def _powers(table: RuleTable) -> str:
+    more = " and of ln N / ln N_base" if any(rule.lr_log is not None for rule in table.rules) else ""
+    return f"this power of n / n_base{more}"
 
 
 def shape(rule: Rule) -> str:
@@ -93,7 +106,7 @@ def markdown(table: RuleTable) -> str:
         "|---|---|" + "---:|" * len(shown),
     ]
     lines += [
-        f"| `{rule.role}` | `{shape(rule)}` | " + " | ".join(cell(getattr(rule, knob)) for _, knob in shown) + " |"
+        f"| `{rule.role}` | `{shape(rule)}` | " + " | ".join(knob_cell(rule, knob) for _, knob in shown) + " |"
         for rule in table.rules
     ]
     if table.findings:
@@ -109,15 +122,22 @@ def markdown(table: RuleTable) -> str:
 def latex_table(table: RuleTable) -> str:
     """A LaTeX ``tabular`` of the rules, for a paper's appendix."""
 
-    def math(value: Expr | None) -> str:
-        return "--" if value is None else "$1$" if value == 0 else f"$n^{{{latex(value, fold_short_frac=True)}}}$"
+    def math(rule: Rule, knob: str) -> str:
+        value: Expr | None = getattr(rule, knob)
+        if value is None:
+            return "--"
+        power = "1" if value == 0 else f"n^{{{latex(value, fold_short_frac=True)}}}"
+        if rule.lr_log is None or knob not in ("lr", "weight_decay"):
+            return f"${power}$"
+        log = latex(rule.lr_log if knob == "lr" else -rule.lr_log, fold_short_frac=True)
+        return rf"${'' if value == 0 else power} (\ln {rule.channels.replace('*', ' ')})^{{{log}}}$"
 
     def text(raw: str) -> str:
         return raw.replace("_", r"\_")
 
     shown = columns(table)
     rows = [
-        " & ".join([rf"\texttt{{{text(rule.role)}}}", *(math(getattr(rule, knob)) for _, knob in shown)]) + r" \\"
+        " & ".join([rf"\texttt{{{text(rule.role)}}}", *(math(rule, knob) for _, knob in shown)]) + r" \\"
         for rule in table.rules
     ]
     head = " & ".join(["role", *(name for name, _ in shown)]) + r" \\"

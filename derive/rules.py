@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sympy import Expr
 
 from widthwise.derive.backward import Backward
-from widthwise.derive.exponents import ZERO
+from widthwise.derive.channels import Channels, slower
+from widthwise.derive.exponents import ZERO, show
 from widthwise.derive.facts import Fact, ancestry
 from widthwise.derive.graph import Node, Parameter
 from widthwise.derive.optimizers import Law
@@ -37,12 +38,14 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
                 order.setdefault(source)
         if node.attrs.get("carrier"):
             order.setdefault(str(node.attrs["carrier"]))
+    crowded = slower(walk.graph) if law.follows and walk.assume.channels == "largest" else {}
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
         carrying = carriers.get(role)
         if parameter is not None:
-            derived.append(_of_parameter(walk, law, parameter, updates.get(role), carrying))
+            rule = _of_parameter(walk, law, parameter, updates.get(role), carrying)
+            derived.append(_for_the_largest(rule, crowded[role]) if role in crowded else rule)
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)
@@ -75,6 +78,28 @@ def _of_parameter(walk: Backward, law: Law, parameter: Parameter, update: Update
         update,
         node,
     )
+
+
+def _for_the_largest(derived: Derived, channels: Channels) -> Derived:
+    """The rule with a learning rate that the largest of the channels stands."""
+    factors = ", ".join(channels.roles)
+    fact = Fact(
+        f"lr of {derived.rule.role}, for the largest channel",
+        ZERO,
+        f"no power of n, but (ln N)^{show(channels.slower)} besides: {len(channels.roles)} trained factors ({factors}) "
+        f"multiply in each of the N channels of {channels.axes} behind {channels.at}, and the largest, which begins "
+        "√(2 ln N) typical ones high, gets away first",
+        derived.facts[-1:],
+        frozenset(("products of trained factors: largest channel",)),
+    )
+    rule = replace(
+        derived.rule,
+        lr_log=channels.slower,
+        channels=str(channels.axes),
+        binding=f"{derived.rule.binding}; lr: {len(channels.roles)} trained factors in each channel of {channels.axes}",
+        assumed=tuple(sorted({*derived.rule.assumed, *fact.assumed})),
+    )
+    return replace(derived, rule=rule, facts=(*derived.facts, fact))
 
 
 def _followers(walk: Backward, law: Law, role: str, update: Update) -> tuple[Fact, ...]:

@@ -30,7 +30,8 @@ class Rule:
     """How the knobs of one role scale. Every knob is an exponent: multiply the base value by (n / n_base)^knob.
 
     ``norm_eps`` is set only where a multiplier in front of a norm was absorbed into that norm's eps. None means
-    that the role has no such knob.
+    that the role has no such knob. ``lr_log`` is set where the largest of many channels bounds the learning rate:
+    multiply lr by (ln N / ln N_base)^lr_log besides and divide weight decay by it, with N the size of ``channels``.
     """
 
     role: str
@@ -44,18 +45,26 @@ class Rule:
     norm_eps: Expr | None = None
     binding: str = ""
     assumed: tuple[str, ...] = ()
+    lr_log: Expr | None = None
+    channels: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         plain: dict[str, Any] = {"role": self.role, "parameters": list(self.parameters), "shape": list(self.shape)}
         plain |= {knob: None if (value := getattr(self, knob)) is None else show(value) for knob in KNOBS}
-        return plain | {"binding": self.binding, "assumed": list(self.assumed)}
+        logs = {} if self.lr_log is None else {"lr_log": show(self.lr_log), "channels": self.channels}
+        return plain | logs | {"binding": self.binding, "assumed": list(self.assumed)}
 
     def factors(self, width: float, base_width: float) -> dict[str, float]:
         """What to multiply each base value by at this width: exactly 1.0 at the base width.
 
         Raises:
-            DeriveError: when an exponent is symbolic.
+            DeriveError: when an exponent is symbolic, or more than the widths is needed.
         """
+        if self.lr_log is not None:
+            raise DeriveError(
+                f"lr of {self.role} depends on the number of channels, {self.channels}, which the width does not tell",
+                cure="generate a parametrization, whose models tell it, or derive with --assume at-init",
+            )
         exponents = {knob: value for knob in KNOBS if (value := getattr(self, knob)) is not None}
         for knob, value in exponents.items():
             if value.free_symbols:
@@ -198,6 +207,16 @@ class RuleTable:
     def hash(self) -> str:
         """SHA-256 over the canonical JSON of the content."""
         return content_hash(self.content())
+
+    @property
+    def knobs_hash(self) -> str:
+        """SHA-256 over what a model is scaled by alone: not over how that was found, nor what else was."""
+        kept = ("architecture", "optimizer", "scaling", "gauge", "options")
+        rules = [
+            {key: value for key, value in rule.as_dict().items() if key not in ("binding", "assumed")}
+            for rule in self.rules
+        ]
+        return content_hash({key: value for key, value in self.content().items() if key in kept} | {"rules": rules})
 
     def as_dict(self) -> dict[str, Any]:
         return self.content() | {"hash": self.hash}

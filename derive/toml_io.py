@@ -114,7 +114,8 @@ class Reader:
         return parse(self.text(entry, key))
 
     def rule(self, entry: dict[str, Any]) -> Rule:
-        self.only(entry, {"role", "parameters", "shape", "binding", "assumed", *KNOBS})
+        self.only(entry, {"role", "parameters", "shape", "binding", "assumed", "lr_log", "channels", *KNOBS})
+        log = self.exponent(entry, "lr_log")
         return Rule(
             self.text(entry, "role"),
             self.texts(entry, "parameters"),
@@ -122,6 +123,8 @@ class Reader:
             **{knob: self.exponent(entry, knob) for knob in KNOBS},
             binding=self.text(entry, "binding"),
             assumed=self.texts(entry, "assumed"),
+            lr_log=log,
+            channels="" if log is None else self.text(entry, "channels"),
         )
 
     def tensor(self, entry: dict[str, Any]) -> TensorSize:

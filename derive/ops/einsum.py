@@ -99,5 +99,13 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
 
 
 register(
-    Op("einsum", _shape, _forward, _backward, always("absolute"), aten=("aten.mul.Tensor", "aten.einsum", "aten.bmm"))
+    Op(
+        "einsum",
+        _shape,
+        _forward,
+        _backward,
+        always("absolute"),
+        aten=("aten.mul.Tensor", "aten.einsum", "aten.bmm"),
+        entrywise=(0, 1),
+    )
 )

@@ -77,7 +77,7 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     ]
 
 
-register(Op("rms_norm", _shape, _forward, _backward, always("relative"), aten=("aten.rms_norm",)))
+register(Op("rms_norm", _shape, _forward, _backward, always("relative"), None, ("aten.rms_norm",), (0,)))
 register(
     Op(
         "layer_norm",
@@ -86,6 +86,7 @@ register(
         _backward,
         always("relative"),
         aten=("aten.layer_norm", "aten.native_layer_norm"),
+        entrywise=(0,),
     )
 )
 register(
@@ -96,6 +97,9 @@ register(
         _backward,
         always("relative"),
         aten=("aten.batch_norm",),
+        entrywise=(0,),
     )
 )
-register(Op("l2_norm", _shape, _forward, _backward, always("relative"), aten=("aten.linalg_vector_norm",)))
+register(
+    Op("l2_norm", _shape, _forward, _backward, always("relative"), None, ("aten.linalg_vector_norm",), entrywise=(0,))
+)

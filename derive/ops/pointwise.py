@@ -105,4 +105,6 @@ _ATEN = {
 }
 
 for _name in NONLINEARITIES:
-    register(Op(_name, lambda shapes, attrs: shapes[0], _forward, _backward, always("absolute"), aten=_ATEN[_name]))
+    register(
+        Op(_name, lambda shapes, attrs: shapes[0], _forward, _backward, always("absolute"), None, _ATEN[_name], (0,))
+    )

@@ -44,6 +44,7 @@ class Op:
         tolerance: what each input slot tolerates (see Tolerance).
         effect: for a weight slot, the size of the change its own step makes in the output, learning rate aside.
         aten: names of the ATen operators that mean this op, for tracing.
+        entrywise: slots whose entries the output's are products of, one by one: channels pass through them.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Op:
     tolerance: Callable[[int], Tolerance]
     effect: Callable[[Forward, Node, Step], Expr] | None = None
     aten: tuple[str, ...] = ()
+    entrywise: tuple[int, ...] = ()
 
 
 OPS: dict[str, Op] = {}

@@ -195,5 +195,6 @@ register(
         _backward,
         always("absolute"),
         aten=("widthwise.gated_delta_rule", "fla.chunk_gated_delta_rule"),
+        entrywise=(2,),  # the channels of v; those of q and k are summed
     )
 )

@@ -116,6 +116,7 @@ register(
         _scale_backward,
         always("passes"),
         aten=("aten.mul.Scalar", "aten.div.Scalar"),
+        entrywise=(0,),
     )
 )
 
@@ -148,6 +149,7 @@ register(
         lambda walk, node, gradient: [Piece(0, gradient, "axes regrouped")],
         always("passes"),
         aten=("aten.view", "aten.reshape", "aten._unsafe_view"),
+        entrywise=(0,),
     )
 )
 

@@ -215,6 +215,7 @@ register(
         _weight_tolerance,
         _conv_effect,
         ("aten.conv1d", "aten.convolution"),
+        entrywise=(0, 1),
     )
 )
 

@@ -57,7 +57,7 @@ class Run:
     sizes: Mapping[str, int]
     training: Training
     data: str
-    rules: str  # the hash of what was derived, so that other rules are other runs
+    rules: str  # the hash of what the model is scaled by, so that other rules are other runs
 
     @property
     def key(self) -> str:
@@ -189,7 +189,7 @@ class Sweep:
 
 @cache
 def _hash(request: Request) -> str:
-    return request.table().hash
+    return request.table().knobs_hash
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -1,0 +1,101 @@
+"""Channels in which several trained factors multiply, and what the largest of n of them does to a learning rate.
+
+One channel of a sum Σ_c Π_i x_{i,c} is a product of p factors, each trained by its own optimizer step. Where the step
+is the gradient, a factor grows as fast as its fellows are large, dx_i/dt ∝ Π_{j≠i} x_j, so that a channel whose factors
+begin at x₀ gets away (p ≥ 3) after a time ∝ x₀^-(p-2). The largest of N symmetric draws begins √(2 ln N) typical
+ones high. What it takes for no channel to get away sooner in a wider model is a learning rate ∝ (ln N)^-(p-2)/2: no
+power of n, so no size of this engine's shows it. An optimizer whose step has its own size does not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sympy import Expr
+
+from widthwise.derive.exponents import HALF, ZERO
+from widthwise.derive.graph import Dim, Graph, Group, Node, atoms
+from widthwise.derive.ops.einsum import summed
+from widthwise.derive.ops.registry import lookup
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that are summed in ``at``: their axes, and the roles that have a trained factor of its own in each."""
+
+    at: str
+    axes: Group
+    roles: tuple[str, ...]
+
+    @property
+    def slower(self) -> Expr:
+        """The exponent of ln N by which the learning rates of these roles have to scale: -(p-2)/2, 0 for p ≤ 2."""
+        return -HALF * max(0, len(self.roles) - 2)
+
+
+def channels(graph: Graph) -> tuple[Channels, ...]:
+    """Wherever an axis that grows is summed over, the factors that multiply along it."""
+    return tuple(_summed(graph))
+
+
+def slower(graph: Graph) -> dict[str, Channels]:
+    """For each role the channels that ask most of its learning rate, where any ask something."""
+    found: dict[str, Channels] = {}
+    for each in channels(graph):
+        for role in each.roles if each.slower != ZERO else ():
+            if role not in found or each.slower < found[role].slower:
+                found[role] = each
+    return found
+
+
+def _summed(graph: Graph) -> Iterator[Channels]:
+    for node in graph.ordered:
+        dims, factors, met = _contraction(graph, node)
+        if growing := _grow(dims):
+            factors += tuple(role for name in met for role in _factors(graph, name, growing))
+            yield Channels(node.output, Group(dims), tuple(dict.fromkeys(factors)))
+
+
+def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], tuple[str, ...], tuple[str, ...]]:
+    """The channels that a node sums (with the axes they lie beside, such as heads), the weight that it sums them with,
+    and the activations that have them."""
+    shapes = graph.shapes
+    if node.op in ("linear", "convolution"):
+        x, weight = node.inputs
+        inputs = shapes[weight][-1:] if node.op == "linear" else shapes[weight][1:2]
+        return atoms(inputs), _trained(graph, weight), (x,)
+    if node.op == "scan":
+        return atoms(shapes[node.inputs[0]]), (), node.inputs[:2]
+    if node.op == "einsum":
+        one, other = node.inputs
+        if _grow(summed(shapes[one], shapes[other], node.shape)):
+            return atoms(shapes[one]), (), node.inputs
+    return (), (), ()
+
+
+def _grow(dims: tuple[Dim, ...]) -> frozenset[Dim]:
+    return frozenset(dim for dim in dims if dim.exponent != ZERO)
+
+
+def _trained(graph: Graph, name: str) -> tuple[str, ...]:
+    parameter = graph.parameters.get(name)
+    return (name,) if parameter is not None and parameter.trainable else ()
+
+
+def _factors(graph: Graph, tensor: str, growing: frozenset[Dim]) -> tuple[str, ...]:
+    """The trained factors of a tensor's channels, back to the linear maps that make them. A sum has the factors that
+    all it adds have in common (biases aside, which begin at zero): a residual stream, none."""
+    if not growing <= set(atoms(graph.shapes[tensor])):
+        return ()
+    if tensor in graph.parameters:
+        return _trained(graph, tensor)
+    maker: Node | None = graph.makers.get(tensor)
+    if maker is None:
+        return ()
+    if maker.op in ("linear", "convolution"):
+        return _trained(graph, maker.inputs[1])
+    if maker.op in ("add", "residual"):
+        parts = [_factors(graph, name, growing) for name in maker.inputs if name not in graph.parameters]
+        return tuple(role for role in parts[0] if all(role in part for part in parts)) if parts else ()
+    return tuple(role for slot in lookup(maker).entrywise for role in _factors(graph, maker.inputs[slot], growing))

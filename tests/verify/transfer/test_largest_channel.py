@@ -1,0 +1,67 @@
+"""The law behind ``--assume largest-channel``, integrated rather than derived, and the groups that obey it."""
+
+import math
+
+import pytest
+import torch
+
+from widthwise.codegen.request import Request
+from widthwise.verify.transfer.train import generated
+
+SETS = ("at-init", "largest-channel")
+
+
+@pytest.mark.parametrize("factors", [3, 4, 5])
+def test_the_largest_of_n_products_gets_away_after_a_power_of_ln_n(factors: int) -> None:
+    """dx_i/dt = Π_{j≠i} x_j for normal x, integrated: the first of N to reach infinity, in the median."""
+    draws = torch.randn(200_000, factors, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    squares = draws.square().sort(dim=1).values  # all grow by the same y, dy/dt = ±2 sqrt(Π (x_i² + y))
+    least, above = squares[:, 0], squares[:, 1:] - squares[:, :1]
+    angle = (torch.arange(100, dtype=torch.float64) + 0.5) * (math.pi / 200)
+
+    def time(start: torch.Tensor) -> torch.Tensor:  # with z = sqrt(least + y) = start + tan(angle)
+        total = torch.zeros_like(start)
+        for at in angle.tolist():
+            z = start + math.tan(at)
+            total += (math.pi / 200) / math.cos(at) ** 2 / (above + z.square()[:, None]).prod(dim=1).sqrt()
+        return total
+
+    whole = time(torch.zeros_like(least))
+    rest = time(least.sqrt())
+    away = torch.where(draws.prod(dim=1) > 0, rest, 2 * whole - rest).sort().values
+
+    def first(channels: int) -> float:
+        return float(away[int(len(away) * (1 - 0.5 ** (1 / channels)))])
+
+    for more in (768, 3072):
+        predicted = (math.log(more) / math.log(192)) ** (-(factors - 2) / 2)
+        assert first(more) / first(192) == pytest.approx(predicted, rel=0.05)
+
+
+def test_groups_have_it_and_the_base_width_is_untouched() -> None:
+    rules = {name: generated(Request("gated_deltanet", "sgd", assume=name), "parametrization") for name in SETS}
+    (cls,) = (each for name, each in vars(generated(Request("gated_deltanet"), "model")).items() if name.endswith("LM"))
+    base = {"width": 64, "depth": 1, "vocab": 17, "H": 6, "d_k": 8, "d_v": 16, "ffn": 176}
+    for width in (64, 256):
+        model = cls(**cls.widened(width, **base), device="meta")
+        widths = {"width": width, "base_width": 64}
+        for each in rules.values():
+            each.set_multipliers(model, **widths)
+        typical, largest = (
+            {group["name"]: group for group in each.param_groups(model, lr=0.5, weight_decay=0.1, **widths)}
+            for each in rules.values()
+        )
+        grown = width / 64
+        for roles, channels, power in (
+            (("v_proj", "v_conv1d", "o_norm", "g_proj", "o_proj"), 96, 1.5),
+            (("q_proj", "q_conv1d", "k_proj", "k_conv1d"), 48, 1.0),
+            (("gate_proj", "up_proj", "down_proj"), 176, 0.5),
+            (("embeddings", "attn_norm", "b_proj", "lm_head"), 2, 0.0),
+        ):
+            slower = (math.log(channels) / math.log(channels * grown)) ** power
+            for role in roles:
+                assert largest[role]["lr"] == pytest.approx(typical[role]["lr"] * slower, rel=1e-12)
+                assert largest[role]["lr_mult"] == pytest.approx(largest[role]["lr"] / 0.5)
+                assert largest[role]["weight_decay"] == pytest.approx(typical[role]["weight_decay"] / slower)
+                if width == 64:
+                    assert largest[role]["lr"] == typical[role]["lr"] == 0.5
