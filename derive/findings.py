@@ -237,8 +237,8 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
                 each.at,
                 ZERO,
                 f"{len(each.roles)} trained factors ({', '.join(each.roles)}) multiply in each of the N channels of "
-                f"{each.axes} behind {each.at}. Each grows as its fellows are large, so the largest of N channels gets "
-                f"away first: the largest stable lr of these roles falls as (ln N)^{show(each.slower)}, no power of n",
+                f"{each.axes}; under steps that follow gradients the largest channel gets away first, and the largest "
+                f"stable lr of these roles falls as (ln N)^{show(each.slower)}, which is no power of n",
                 "derive with --assume largest-channel, or sweep the learning rate again at several times the width",
             )
 
