@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
@@ -60,7 +61,7 @@ class Curve:
         """Whether the lowest loss is at an end of the grid, so that the optimum may lie beyond."""
         return self.best in (0, len(self.lrs) - 1)
 
-    @property
+    @cached_property  # least squares may differ in the last digit from call to call
     def optimum(self) -> float:
         """log2 of the best learning rate: the vertex of the parabola that fits the points within an octave of the
         lowest one best, if it has one among them; else that point."""
