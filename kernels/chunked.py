@@ -154,8 +154,10 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     normalize_qk: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """See :meth:`widthwise.kernels.op.Backend.forward`. Saved are :class:`Chunks`, in one tensor."""
+    """See :meth:`widthwise.kernels.op.Backend.forward`. Saved are :class:`Chunks`, in one tensor, which
+    the output is computed from: ``keep`` changes nothing."""
     (batch, time), heads, K, V = q.shape[:2], v.shape[2], q.shape[-1], v.shape[-1]
     layout, dtype = Layout.of(batch, time, cu_seqlens, q.device), state_dtype(q.dtype)
     Z = layout.chunks * heads
@@ -199,6 +201,7 @@ def saved_like(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     normalize_qk: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, ...]:
     """See :meth:`widthwise.kernels.op.Backend.saved_like`."""
     Z = chunk_bound(q, cu_seqlens) * v.shape[2]

@@ -36,8 +36,10 @@ class Backend(Protocol):
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         normalize_qk: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """(o, final_state, saved): ``saved`` holds what ``backward`` would rather load than recompute."""
+        """(o, final_state, saved): ``saved`` holds what ``backward`` would rather load than recompute, or, unless
+        ``keep``, what of it is there anyway."""
         ...
 
     def backward(
@@ -69,6 +71,7 @@ class Backend(Protocol):
         initial_state: Tensor | None,
         cu_seqlens: Tensor | None,
         normalize_qk: bool,
+        keep: bool,
     ) -> tuple[Tensor, ...]:
         """Uninitialized tensors of the shapes, strides and dtypes of ``saved``.
 
@@ -141,7 +144,9 @@ def gated_delta_rule(
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     checks.check_arguments(q, k, v, g, beta, initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, final_state, _ = _forward_op(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)
+    inputs = (q, k, v, g, beta, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, final_state, _ = _forward_op(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, keep)
     return o, final_state if output_final_state else None
 
 
@@ -169,12 +174,13 @@ def _forward_op(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     normalize_qk: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     checks.check_values(g, cu_seqlens, q.shape[1])
     backend = backend_for(q)
     if backend is not chunked:
         checks.check_triton(q, v)
-    args = (q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)
+    args = (q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, keep)
     if q.shape[0] * q.shape[1] == 0:  # no tokens: the state passes through
         final = _final_state_like(q, v, cu_seqlens).zero_()
         return _like(v), final if initial_state is None else final.copy_(initial_state), list(backend.saved_like(*args))
@@ -194,8 +200,9 @@ def _(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     normalize_qk: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    saved = backend_for(q).saved_like(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)
+    saved = backend_for(q).saved_like(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, keep)
     return _like(v), _final_state_like(q, v, cu_seqlens), list(saved)
 
 
@@ -251,7 +258,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.normalize_qk = inputs
+    q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.normalize_qk, _ = inputs
     ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient, and costs nothing
     ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, *output[2])
 
@@ -262,7 +269,7 @@ def _backward(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None, _: objec
     *grads, dinitial = _backward_op(
         do, dfinal_state, q, k, v, g, beta, ctx.scale, initial_state, cu_seqlens, ctx.normalize_qk, saved
     )
-    return (*grads, None, None if initial_state is None else dinitial, None, None)
+    return (*grads, None, None if initial_state is None else dinitial, None, None, None)
 
 
 def _second_backward(ctx: Any, *grads: object) -> None:

@@ -1,9 +1,9 @@
-"""The launches: two forward, three backward, and two more where dq and dk are finished apart.
+"""The launches: two forward, two backward, and two more where dq and dk are finished apart.
 
 ``forward`` prepares every chunk at once (``triton_prepare``), then walks each sequence (``triton_sweep``).
-``backward`` walks again in both directions at once, then computes every chunk's gradients (``triton_gradients``).
-States are recomputed, not kept: between the two passes there are only the preparation's matrices, about as many bytes
-as one of q, k, v.
+``backward`` walks in both directions at once, then computes every chunk's gradients (``triton_gradients``). States are
+recomputed, not kept: between the two passes there are only the preparation's matrices, about as many bytes as one of q,
+k, v, and u, as many as v.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from widthwise.kernels import triton_launch as launch
 from widthwise.kernels.triton_gradients import finish_kernel, gradients_kernel, normalize_kernel
+from widthwise.kernels.triton_gradients_wide import wide_gradients_kernel
 from widthwise.kernels.triton_launch import CHUNK, by_token
-from widthwise.kernels.triton_prepare import prepare_kernel
+from widthwise.kernels.triton_prepare import ROWS, prepare_kernel
 from widthwise.kernels.triton_split import dtransfer_kernel, join_kernel, transfer_kernel
 from widthwise.kernels.triton_sweep import backward_kernel, forward_kernel
 
@@ -33,15 +34,15 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _tiles(
-    batch: launch.Batch, blocks: dict[str, int], keys: tuple[Tensor, ...], values: tuple[Tensor, ...],
+    batch: launch.Batch, described: bool, blocks: dict[str, int], keys: tuple[Tensor, ...], values: tuple[Tensor, ...],
     squares: tuple[Tensor, ...], results: tuple[Tensor, ...], states: tuple[Tensor, ...],
-) -> tuple[bool, list[Any]]:  # fmt: skip
-    """What a kernel reads and writes tile by tile, in order: as descriptors for the copy engine and True, or as it is
-    and False."""
-    if not launch.describable(keys[0], batch.cu_seqlens):
-        return False, [*keys, *values, *squares, *results, *states]
+) -> list[Any]:  # fmt: skip
+    """What a kernel reads and writes tile by tile, in order: if ``described``, as descriptors for the copy engine, else
+    as it is."""
+    if not described:
+        return [*keys, *values, *squares, *results, *states]
     block_k, block_v = blocks["BLOCK_K"], blocks["BLOCK_V"]
-    return True, [
+    return [
         *(launch.describe(x, batch, block_k) for x in keys),
         *(launch.describe(x, batch, block_v) for x in values),
         *(launch.describe_matrices(x, CHUNK, CHUNK) for x in squares),
@@ -50,9 +51,9 @@ def _tiles(
     ]
 
 
-def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Uninitialized (rows, inverse, attention, starts, maps), as ``forward`` saves them; see ``triton_prepare`` and
-    ``triton_split`` for what they are.
+def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype, keep: bool) -> tuple[Tensor, ...]:
+    """Uninitialized (rows, inverse, attention, u, starts, maps), as ``forward`` saves them; see ``triton_prepare`` and
+    ``triton_split`` for what they are. Without ``keep``, u has no tokens.
 
     starts [M, K, V] and maps [M, K, K] have room for every joint that there can be, whatever B and T are: a trace
     with a dynamic length must not decide by it.
@@ -61,12 +62,18 @@ def saved_like(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, dtype: torch.dty
     chunks = launch.chunk_bound(q.shape[0], q.shape[1], cu_seqlens)
     joints = launch.most_joints(key_dim, value_dim, launch.chip_of(q)) if cu_seqlens is None else 0
     return (
-        q.new_empty(chunks, heads, 6, CHUNK, dtype=torch.float32),
+        q.new_empty(chunks, heads, ROWS.value, CHUNK, dtype=torch.float32),
         q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=dtype),
         q.new_empty(chunks, heads, CHUNK, CHUNK, dtype=dtype),
+        q.new_empty(q.shape[0] * q.shape[1] if keep else 0, heads, value_dim, dtype=dtype),
         q.new_empty(joints, key_dim, value_dim, dtype=torch.float32),
         q.new_empty(joints, key_dim, key_dim, dtype=torch.float32),
     )
+
+
+def is_kept(saved: tuple[Tensor, ...]) -> bool:
+    """Whether ``forward`` was to ``keep``."""
+    return saved[3].shape[0] > 0
 
 
 def _join(moved: Tensor, maps: Tensor, sequences: int, joints: int, heads: int, backwards: bool) -> None:
@@ -82,7 +89,7 @@ def _join(moved: Tensor, maps: Tensor, sequences: int, joints: int, heads: int, 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
-    *, short_keys: bool | None = None, key_scale: Tensor | None = None,
+    *, short_keys: bool | None = None, key_scale: Tensor | None = None, keep: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """o [B, T, HV, V] in q's dtype, final state [N, HV, K, V] fp32, and what ``backward`` needs of it.
 
@@ -91,7 +98,7 @@ def forward(
     """
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     batch, chip = launch.lay_out(q, cu_seqlens), launch.chip_of(q)
-    rows, inverse, attention, starts, maps = saved = saved_like(q, v, cu_seqlens, q.dtype)
+    rows, inverse, attention, u, starts, maps = saved = saved_like(q, v, cu_seqlens, q.dtype, keep)
     o = q.new_empty(v.shape)
     final = q.new_empty(batch.sequences, value_heads, key_dim, value_dim, dtype=torch.float32)
     initial = None if initial_state is None else initial_state.contiguous()
@@ -107,22 +114,23 @@ def forward(
             **launch.prepare_blocks(key_dim),
         )  # fmt: skip
         blocks = launch.sweep_blocks(key_dim, value_dim, chip)
-        described, tiles = _tiles(batch, blocks, (q, k), (v,), (inverse, attention), (o,), ())
+        described = launch.describable(q, cu_seqlens)
+        tiles = _tiles(batch, described, blocks, (q, k), (v,), (inverse, attention), (o, u if keep else o), ())
         segments, span = launch.segments_of(batch, value_heads, key_dim, value_dim, chip)
         walk = {
-            **_strides(q=q, k=k, v=v, beta=beta), **sizes, "V": value_dim, "INITIAL": initial is not None,
+            **_strides(q=q, k=k, v=v), **sizes, "V": value_dim, "INITIAL": initial is not None,
             **blocks, "DESCRIBED": described,
         }  # fmt: skip
         columns = triton.cdiv(value_dim, blocks["BLOCK_V"])
         if segments > 1:
             both = columns + triton.cdiv(key_dim, blocks["BLOCK_V"])
             transfer_kernel[(batch.sequences * (segments - 1) * value_heads * both,)](
-                *tiles[:3], beta, rows, *tiles[3:5], initial, starts, maps, batch.length, segments, span, **walk
+                *tiles[:3], rows, *tiles[3:5], initial, starts, maps, batch.length, segments, span, **walk
             )
             _join(starts, maps, batch.sequences, segments - 1, value_heads, backwards=False)
         forward_kernel[(batch.sequences * segments * value_heads * columns,)](
-            *tiles[:3], beta, rows, *tiles[3:], initial, starts if segments > 1 else rows, final, *batch.tables[:2],
-            batch.length, segments, span, **walk, **varlen,
+            *tiles[:3], rows, *tiles[3:], initial, starts if segments > 1 else rows, final, *batch.tables[:2],
+            batch.length, segments, span, **walk, **varlen, KEEP=keep,
         )  # fmt: skip
     return o, final, saved
 
@@ -139,46 +147,57 @@ def backward(
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
     batch, chip = launch.lay_out(q, cu_seqlens), launch.chip_of(q)
-    rows, inverse, attention, starts, maps = saved
+    rows, inverse, attention, u, starts, maps = saved
     dq, dk, dv, dg, dbeta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
     dinitial = None if initial_state is None else initial_state.new_empty(initial_state.shape, dtype=torch.float32)
     initial = None if initial_state is None else initial_state.contiguous()
     dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     q, k, v, g, beta, do = (by_token(x) for x in (q, k, v, g, beta, do))
-    u = q.new_empty(batch.tokens, value_heads, value_dim)
     states, dstates = (q.new_empty(batch.chunks, value_heads, key_dim, value_dim) for _ in range(2))
     sizes = {"HEADS": value_heads, "GROUP": group, "K": key_dim, "V": value_dim}
     varlen = {"VARLEN": cu_seqlens is not None}
-    strides = _strides(q=q, k=k, v=v, beta=beta, do=do)
+    strides = _strides(q=q, k=k, v=v, do=do)
     with _on(q.device):
         blocks = launch.sweep_blocks(key_dim, value_dim, chip)
         # dv holds dr, its gradient before beta, until the gradients turn it into dv in place.
-        described, tiles = _tiles(batch, blocks, (q, k), (v, do), (inverse, attention), (u, dv), (states, dstates))
+        described = launch.describable(q, cu_seqlens)
+        tiles = _tiles(batch, described, blocks, (q, k), (do, u), (inverse, attention), (dv,), (states, dstates))
         segments, span = launch.segments_of(batch, value_heads, key_dim, value_dim, chip)
         walks = batch.sequences * value_heads * triton.cdiv(value_dim, blocks["BLOCK_V"])
         dends = rows
         if segments > 1:
             dends = torch.empty_like(starts)
             dtransfer_kernel[(walks * (segments - 1),)](
-                *tiles[:2], tiles[3], rows, *tiles[4:6], dfinal, dends, batch.length, segments, span,
+                *tiles[:3], rows, *tiles[4:6], dfinal, dends, batch.length, segments, span,
                 **_strides(q=q, k=k, do=do), **sizes, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
             )  # fmt: skip
             _join(dends, maps, batch.sequences, segments - 1, value_heads, backwards=True)
         backward_kernel[(2 * walks * segments,)](
-            *tiles[:4], beta, rows, *tiles[4:], initial, starts if segments > 1 else rows, dfinal, dends, dinitial,
-            *batch.tables[:2], batch.length, segments, span, **strides, **sizes, **varlen,
-            INITIAL=initial is not None, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
+            *tiles[:4], rows, *tiles[4:], initial, starts if segments > 1 else rows, dfinal, dends, dinitial,
+            *batch.tables[:2], batch.length, segments, span, **_strides(q=q, k=k, do=do), **sizes, **varlen,
+            STATES_DEPTH=launch.states_depth(chip), INITIAL=initial is not None, FINAL=dfinal is not None,
+            **blocks, DESCRIBED=described,
         )  # fmt: skip
         whole = group == 1 and not parts
         dq_parts, dk_parts = (dq, dk) if whole else (q.new_empty(batch.tokens, value_heads, key_dim) for _ in range(2))
         # F and E fit where dq and dk will be, for most widths.
         width = key_dim if key_dim >= CHUNK else CHUNK
         pairs = (dq_parts, dk_parts) if width == key_dim else q.new_empty(2, batch.tokens, value_heads, width)
-        gradients_kernel[(batch.chunks * value_heads,)](
-            q, k, v, beta, do, u, dv, states, dstates, rows, attention, *pairs, dq_parts, dk_parts, dg, dbeta,
-            *batch.tables, batch.length, scale, **strides, **sizes, **varlen, PAIRS_WIDTH=width,
-            NORMALIZE=normalize_qk, FINISH=whole, **launch.gradient_blocks(key_dim, value_dim, chip),
-        )  # fmt: skip
+        gradients = {
+            **strides, **sizes, **varlen, "PAIRS_WIDTH": width, "NORMALIZE": normalize_qk, "FINISH": whole,
+        }  # fmt: skip
+        if launch.is_wide(key_dim, value_dim, chip):
+            blocks = launch.wide_gradient_blocks(key_dim, chip)
+            tiles = _tiles(batch, described, blocks, (), (do, u), (), (dv,), (states, dstates))
+            wide_gradients_kernel[(batch.chunks * value_heads,)](
+                q, k, v, *tiles, rows, attention, *pairs, dv, dq_parts, dk_parts, dg, dbeta,
+                *batch.tables, batch.length, scale, **gradients, **blocks, DESCRIBED=described,
+            )  # fmt: skip
+        else:
+            gradients_kernel[(batch.chunks * value_heads,)](
+                q, k, v, do, u, dv, states, dstates, rows, attention, *pairs, dq_parts, dk_parts, dg, dbeta,
+                *batch.tables, batch.length, scale, **gradients, **launch.gradient_blocks(key_dim, value_dim, chip),
+            )  # fmt: skip
     if parts:
         dq, dk = dq_parts, dk_parts
     elif not whole:

@@ -22,6 +22,7 @@ import triton.language as tl
 from widthwise.kernels.triton_prepare import (
     CHUNK,
     L2_EPS,
+    ROW_BETA,
     ROW_G,
     ROW_K,
     ROW_Q,
@@ -51,16 +52,46 @@ def less_product(x, a, b):
     return x - tl.dot(a, b)
 
 
+@triton.jit
+def from_pairs(f, e, keys, mix, gates, q_unit, k_unit, beta_row, scale, f_pairs, e_pairs, stride, left):
+    """What the pairs of a chunk give, from f = do u^T, e = dr u^T, keys = k k^T and the attention ``mix``, [C, C]:
+    their shares [C] in q . dq, k . dk, dG and k . Z, and, in memory, -a F b and beta b E b.
+
+    What a pair i > j adds to dG at i it takes at j, to the last bit: from q . dq - k . Y the rounding would stay.
+    """
+    i = tl.arange(0, CHUNK)
+    below = i[:, None] > i[None, :]
+    same = i[:, None] == i[None, :]
+    share = f * mix
+    k_dk = tl.sum(tl.where(same, share, 0.0), 1)
+    share = tl.where(below, share, 0.0)
+    dgates = tl.sum(share, 1)
+    q_dq = dgates + k_dk
+    decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf"))) * k_unit[None, :]
+    f *= -decay * (q_unit * scale)[:, None]
+    store_tile(f_pairs, stride, left, i, f, CHUNK)
+    e = tl.where(below, e * decay * k_unit[:, None], 0.0)
+    store_tile(e_pairs, stride, left, i, e * beta_row[:, None], CHUNK)
+    e *= -keys
+    k_z = tl.sum(e, 1)
+    k_dk += beta_row * k_z
+    dgates += beta_row * k_z
+    k_both = tl.sum(share + e * beta_row[:, None], 0)
+    k_dk += k_both
+    dgates -= k_both
+    return q_dq, k_dk, dgates, k_z
+
+
 @triton.jit(do_not_specialize=["T", "scale"])
 def gradients_kernel(
-    q, k, v, beta, do, u, dv, states, dstates, rows, attention, f_pairs, e_pairs, dq, dk, dg, dbeta,
+    q, k, v, do, u, dv, states, dstates, rows, attention, f_pairs, e_pairs, dq, dk, dg, dbeta,
     cu_seqlens, chunk_offsets, chunk_sequence, T, scale,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
-    v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr, PAIRS_WIDTH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, FINISH: tl.constexpr, DEPTH: tl.constexpr,
+    VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk and value head: dv (which holds dr on entry), dg, dbeta [B, T, HV(, V)], dq and dk.
 
@@ -69,8 +100,6 @@ def gradients_kernel(
     live where dq and dk will.
     """
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    KEPT: tl.constexpr = BLOCK_V if BLOCK_V >= 64 else BLOCK_K
     program = tl.program_id(0)
     head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
     _, _, token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
@@ -80,7 +109,6 @@ def gradients_kernel(
     k += token * k_token + (head // GROUP) * k_head
     v += token * v_token + head * v_head
     do += token * do_token + head * do_head
-    beta += token * beta_token + head * beta_head
     u += (token * HEADS + head) * V
     dv += (token * HEADS + head) * V
     dq += (token * HEADS + head) * K
@@ -93,10 +121,9 @@ def gradients_kernel(
     i = tl.arange(0, CHUNK)
     rows += (chunk * HEADS + head) * ROWS * CHUNK + i
     below = i[:, None] > i[None, :]
-    same = i[:, None] == i[None, :]
     i_v = tl.arange(0, BLOCK_V)
 
-    # Loads go out long before they are wanted. Where one block covers V it is loaded once, and stays.
+    # Loads go out long before they are wanted.
     do_tile = load_tile(do, do_token, left, i_v, V, BLOCK_V)
     dr_tile = load_tile(dv, HEADS * V, left, i_v, V, BLOCK_V)
     u_tile = load_tile(u, HEADS * V, left, i_v, V, BLOCK_V)
@@ -107,48 +134,20 @@ def gradients_kernel(
     gates = tl.load(rows + ROW_G * CHUNK)
     k_unit = tl.load(rows + ROW_K * CHUNK)
     q_unit = tl.load(rows + ROW_Q * CHUNK)
-    beta_row = tl.load(beta + i * beta_token, mask=i < left, other=0.0).to(tl.float32)
-    if V_BLOCKS == 1:
-        f = tl.dot(do_tile, tl.trans(u_tile))
-        e = tl.dot(dr_tile, tl.trans(u_tile))
-    else:
-        f = tl.zeros([CHUNK, CHUNK], tl.float32)
-        e = tl.zeros([CHUNK, CHUNK], tl.float32)
-        for block in tl.range(V_BLOCKS, num_stages=DEPTH):
-            columns = block * BLOCK_V + i_v
-            do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
-            dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
-            u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
-            f = tl.dot(do_tile, tl.trans(u_tile), f)
-            e = tl.dot(dr_tile, tl.trans(u_tile), e)
+    beta_row = tl.load(rows + ROW_BETA * CHUNK)
+    f = tl.dot(do_tile, tl.trans(u_tile))
+    e = tl.dot(dr_tile, tl.trans(u_tile))
     keys = tl.dot(k_tile, tl.trans(k_tile))
     for k_block in tl.static_range(1, K_BLOCKS):
         more = load_tile(k, k_token, left, k_block * BLOCK_K + i_k, K, BLOCK_K)
         keys += tl.dot(more, tl.trans(more))
     q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
-    if V_BLOCKS == 1:
-        state = load_matrix(states, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
-    # What a pair i > j adds to dG at i it takes at j, to the last bit: from q . dq - k . Y the rounding would stay.
-    share = f * mix
-    k_dk = tl.sum(tl.where(same, share, 0.0), 1)
-    share = tl.where(below, share, 0.0)
-    dgates = tl.sum(share, 1)
-    q_dq = dgates + k_dk
-    decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf"))) * k_unit[None, :]
-    f *= -decay * (q_unit * scale)[:, None]
-    store_tile(f_pairs, HEADS * PAIRS_WIDTH, left, i, f, CHUNK)
-    e = tl.where(below, e * decay * k_unit[:, None], 0.0)
-    store_tile(e_pairs, HEADS * PAIRS_WIDTH, left, i, e * beta_row[:, None], CHUNK)
-    e *= -keys
-    dbeta_row = tl.sum(e, 1)  # k . Z
-    k_dk += beta_row * dbeta_row
-    dgates += beta_row * dbeta_row
-    k_both = tl.sum(share + e * beta_row[:, None], 0)
-    k_dk += k_both
-    dgates -= k_both
-    if V_BLOCKS == 1:
-        dbeta_row += tl.sum(dr_tile.to(tl.float32) * v_tile, 1)
-        store_tile(dv, HEADS * V, left, i_v, dr_tile.to(tl.float32) * beta_row[:, None], V)
+    state = load_matrix(states, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
+    q_dq, k_dk, dgates, dbeta_row = from_pairs(
+        f, e, keys, mix, gates, q_unit, k_unit, beta_row, scale, f_pairs, e_pairs, HEADS * PAIRS_WIDTH, left
+    )
+    dbeta_row += tl.sum(dr_tile.to(tl.float32) * v_tile, 1)
+    store_tile(dv, HEADS * V, left, i_v, dr_tile.to(tl.float32) * beta_row[:, None], V)
     tl.debug_barrier()
     f_tile = load_tile(f_pairs, HEADS * PAIRS_WIDTH, left, i, CHUNK, CHUNK)
     e_tile = load_tile(e_pairs, HEADS * PAIRS_WIDTH, left, i, CHUNK, CHUNK)
@@ -161,39 +160,12 @@ def gradients_kernel(
         if k_block > 0:
             k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
             q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
-        if V_BLOCKS == 1:
-            if k_block > 0:
-                state = load_matrix(states, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
-            dstate = load_matrix(dstates, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
-            dq_tile = tl.dot(do_tile, tl.trans(state))
-            dk_tile = tl.dot(dr_tile, tl.trans(state))
-            y_tile = tl.dot(u_tile, tl.trans(dstate))
-            dlast += tl.sum(state.to(tl.float32) * dstate)
-        else:
-            dq_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-            dk_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-            for block in tl.range(V_BLOCKS, num_stages=DEPTH):
-                columns = block * BLOCK_V + i_v
-                do_tile = load_tile(do, do_token, left, columns, V, BLOCK_V)
-                dr_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V)
-                state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
-                dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile)
-                dk_tile = tl.dot(dr_tile, tl.trans(state), dk_tile)
-            y_tile = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-            # S^T dS or S dS^T, of which the trace is wanted.
-            kept = tl.zeros([KEPT, KEPT], tl.float32)
-            for block in tl.range(V_BLOCKS, num_stages=DEPTH):
-                columns = block * BLOCK_V + i_v
-                u_tile = load_tile(u, HEADS * V, left, columns, V, BLOCK_V)
-                state = load_matrix(states, i_k, columns, K, V, BLOCK_K, BLOCK_V)
-                dstate = load_matrix(dstates, i_k, columns, K, V, BLOCK_K, BLOCK_V)
-                y_tile = tl.dot(u_tile, tl.trans(dstate), y_tile)
-                if KEPT == BLOCK_V:
-                    kept = tl.dot(tl.trans(state), dstate, kept)
-                else:
-                    kept = tl.dot(state, tl.trans(dstate), kept)
-            i_kept = tl.arange(0, KEPT)
-            dlast += tl.sum(tl.where(i_kept[:, None] == i_kept[None, :], kept, 0.0))
+            state = load_matrix(states, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
+        dstate = load_matrix(dstates, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
+        dq_tile = tl.dot(do_tile, tl.trans(state))
+        dk_tile = tl.dot(dr_tile, tl.trans(state))
+        y_tile = tl.dot(u_tile, tl.trans(dstate))
+        dlast += tl.sum(state.to(tl.float32) * dstate)
         dq_tile *= (tl.exp(gates) * q_unit * scale)[:, None]
         dk_tile *= -(tl.exp(gates) * k_unit)[:, None]
         y_tile *= tl.load(rows + ROW_WRITE * CHUNK)[:, None]
@@ -218,12 +190,6 @@ def gradients_kernel(
         store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
     k_dk += wrote
     dlast *= tl.exp(tl.load(rows - i + ROW_G * CHUNK + CHUNK - 1))
-    if V_BLOCKS > 1:
-        for block in tl.range(V_BLOCKS, num_stages=1):
-            columns = block * BLOCK_V + i_v
-            dv_tile = load_tile(dv, HEADS * V, left, columns, V, BLOCK_V).to(tl.float32)
-            dbeta_row += tl.sum(dv_tile * load_tile(v, v_token, left, columns, V, BLOCK_V), 1)
-            store_tile(dv, HEADS * V, left, columns, dv_tile * beta_row[:, None], V)
     if FINISH and NORMALIZE and K_BLOCKS > 1:
         # A row's sums were not whole until now: pass once more over what was just written.
         tl.debug_barrier()

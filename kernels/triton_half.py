@@ -75,13 +75,13 @@ def halve(q: Tensor, k: Tensor, v: Tensor, initial: Tensor | None, normalize_qk:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """As ``triton_scan.forward``."""
     x = halve(q, k, v, initial_state, normalize_qk)
     o, final, saved = triton_core.forward(
         x.q, x.k, x.v, g.float(), beta.float(), scale, x.initial, cu_seqlens, False,
-        short_keys=normalize_qk, key_scale=x.k_scale,
+        short_keys=normalize_qk, key_scale=x.k_scale, keep=keep,
     )  # fmt: skip
     return times(o, x.q_scale, x.v_scale, dtype=q.dtype), times(final, x.v_scale, dtype=torch.float32), saved
 

@@ -148,19 +148,37 @@ def sweep_blocks(key_dim: int, value_dim: int, chip: Chip) -> dict[str, int]:
     return {"BLOCK_K": block_k, "BLOCK_V": min(power_of_two(value_dim), 64), "DEPTH": depth, "num_warps": 4}
 
 
+def states_depth(chip: Chip) -> int:
+    """Stages of the walk that repeats states: its chunks are short, so their tiles must be asked for long before."""
+    return 4 if chip.roomy else 2
+
+
+def is_wide(key_dim: int, value_dim: int, chip: Chip) -> bool:
+    """Whether the gradients take V in several blocks."""
+    return value_dim > (128 if chip.roomy and key_dim > 64 else 64)
+
+
 def gradient_blocks(key_dim: int, value_dim: int, chip: Chip) -> dict[str, int]:
-    """Blocks of the chunk-parallel gradients: K in few blocks that pad little, V in one where it fits.
+    """Blocks of the chunk-parallel gradients where one block covers V: K in few blocks that pad little.
 
     Eight warps on the 64 rows of a chunk, four by two: the kernel keeps each dot's result from another's operands,
     or Triton would lay all of them along the rows. Heads of up to 64 channels leave eight too little to do.
     """
     if key_dim <= 64:
-        return {"BLOCK_K": max(power_of_two(key_dim), 32), "BLOCK_V": 64, "DEPTH": 2, "num_warps": 4}
-    if not chip.roomy:
-        return {"BLOCK_K": 64, "BLOCK_V": 64, "DEPTH": 2, "num_warps": 8}
-    block_k = 128 if key_dim <= 128 or key_dim > 192 else 64
-    block_v = max(power_of_two(value_dim), 64) if value_dim <= 128 else 64
-    return {"BLOCK_K": block_k, "BLOCK_V": block_v, "DEPTH": 3, "num_warps": 8}
+        return {"BLOCK_K": max(power_of_two(key_dim), 32), "BLOCK_V": 64, "num_warps": 4}
+    block_k = 128 if chip.roomy and (key_dim <= 128 or key_dim > 192) else 64
+    return {"BLOCK_K": block_k, "BLOCK_V": max(power_of_two(value_dim), 64), "num_warps": 8}
+
+
+def wide_gradient_blocks(key_dim: int, chip: Chip) -> dict[str, int]:
+    """Blocks where V takes several: of K such that the sums of all fit the registers of eight warps, [4, 2] on the 64
+    rows of a chunk, in one pass up to 128 channels."""
+    block_v = 64 if chip.roomy else 32
+    block_k = 64 if key_dim <= 192 else 128
+    return {
+        "BLOCK_K": block_k, "BLOCK_V": block_v, "ONE_PASS": key_dim <= 128, "PAIRS_DEPTH": 4,
+        "DEPTH": 3 if chip.roomy and key_dim <= 192 else 2, "num_warps": 8,
+    }  # fmt: skip
 
 
 def prepare_blocks(key_dim: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ S the state the chunk starts from, the recurrence is the linear system (Yang et 
 
     (I + D) u = beta (v - exp(G) K S),    o = scale exp(G) Q S + P u,    P[i, j] = scale exp(G_i - G_j) q_i . k_j
 
-The inverse of I + D and P depend on q, k, g and beta alone. Only these two [C, C] matrices and six numbers a token
+The inverse of I + D and P depend on q, k, g and beta alone. Only these two [C, C] matrices and seven numbers a token
 go through memory; normalized q and k never do, since a row's norm is one more factor in those numbers.
 """
 
@@ -18,14 +18,15 @@ L2_EPS = tl.constexpr(1e-6)
 # differences of its neighbours drowned in rounding.
 G_FLOOR = tl.constexpr(-100.0)
 
-# Six numbers a token, `rows[chunk, head, row, token]`:
+# Seven numbers a token, `rows[chunk, head, row, token]`, zero past the end where they scale what is read there:
 #   G:     the running sum of g in the chunk
 #   READ:  beta exp(G) |k|^-1          what K S is scaled by when the chunk reads the state
 #   OUT:   scale exp(G) |q|^-1         the same for Q S
 #   WRITE: exp(G_last - G) |k|^-1      what u is scaled by when the chunk writes the state
 #   Q, K:  |q|^-1 and |k|^-1           or 1 where nothing is normalized, or what k is scaled by
-ROWS = tl.constexpr(6)
-ROW_G, ROW_READ, ROW_OUT, ROW_WRITE, ROW_Q, ROW_K = (tl.constexpr(i) for i in range(6))
+#   BETA:  beta                        here too, since masks cost a walk a tenth of its instructions
+ROWS = tl.constexpr(7)
+ROW_G, ROW_READ, ROW_OUT, ROW_WRITE, ROW_Q, ROW_K, ROW_BETA = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def prepare_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, SCALED: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """rows [chunks, HV, 6, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
+    """rows [chunks, HV, 7, C], inverse and attention [chunks, HV, C, C]; one program a chunk and value head."""
     program = tl.program_id(0)
     head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
     _, _, token, left = locate_chunk(chunk, T, cu_seqlens, chunk_offsets, chunk_sequence, VARLEN)
@@ -125,6 +126,8 @@ def prepare_kernel(
     i = tl.arange(0, CHUNK)
     g_row = tl.load(g + i * g_token, mask=i < left, other=0.0).to(tl.float32)
     beta_row = tl.load(beta + i * beta_token, mask=i < left, other=0.0).to(tl.float32)
+    rows += (chunk * HEADS + head) * ROWS * CHUNK + i
+    tl.store(rows + ROW_BETA * CHUNK, beta_row)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     q_square = tl.zeros([CHUNK], tl.float32)
@@ -149,7 +152,6 @@ def prepare_kernel(
 
     gates = tl.cumsum(tl.maximum(g_row, G_FLOOR), 0)
     last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))
-    rows += (chunk * HEADS + head) * ROWS * CHUNK + i
     tl.store(rows + ROW_G * CHUNK, gates)
     tl.store(rows + ROW_READ * CHUNK, beta_row * tl.exp(gates) * k_unit)
     tl.store(rows + ROW_OUT * CHUNK, tl.exp(gates) * q_unit * scale)

@@ -38,28 +38,28 @@ def _wide_state(x: Tensor | None) -> Tensor | None:
 
 def saved_like(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, keep: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Uninitialized tensors like those that ``forward`` saves."""
-    return triton_core.saved_like(_wide(q), _wide(v), cu_seqlens, _operand(q))
+    return triton_core.saved_like(_wide(q), _wide(v), cu_seqlens, _operand(q), keep)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
-    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, keep: bool = True,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """o [B, T, HV, V] in q's dtype, final state [N, HV, K, V] fp32, and what ``backward`` needs of it."""
     key_dim, value_dim = q.shape[-1], v.shape[-1]
     if _missing(q, v):
         state = _wide_state(initial_state)
-        rest = (g, beta, scale, state, cu_seqlens, normalize_qk)
+        rest = (g, beta, scale, state, cu_seqlens, normalize_qk, keep)
         o, final, saved = forward(_wide(q), _wide(k), _wide(v), *rest)
         return o[..., :value_dim].contiguous(), final[..., :key_dim, :value_dim].contiguous(), saved
     if _is_halved(q, normalize_qk):
-        return triton_half.forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)
+        return triton_half.forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk, keep)
     operand = _operand(q)
     o, final, saved = triton_core.forward(
-        q.to(operand), k.to(operand), v.to(operand), g, beta, scale, initial_state, cu_seqlens, normalize_qk
+        q.to(operand), k.to(operand), v.to(operand), g, beta, scale, initial_state, cu_seqlens, normalize_qk, keep=keep
     )
     return o.to(q.dtype), final, saved
 
@@ -70,6 +70,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dg, dbeta, dinitial_state), each in the shape and dtype of its input."""
     key_dim, value_dim = q.shape[-1], v.shape[-1]
+    if not triton_core.is_kept(saved):  # recorded where no gradient was asked for, as by an export
+        saved = forward(q, k, v, g, beta, scale, initial_state, cu_seqlens, normalize_qk)[2]
     if _missing(q, v):
         dfinal, state = _wide_state(dfinal_state), _wide_state(initial_state)
         rest = (g, beta, scale, state, cu_seqlens, normalize_qk, saved)

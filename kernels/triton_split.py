@@ -17,9 +17,9 @@ from widthwise.kernels.triton_sweep import load_states, store_states, walk_backw
 
 @triton.jit(do_not_specialize=["T", "segments", "span"])
 def transfer_kernel(
-    q, k, v, beta, rows, inverse, attention, initial, moved, maps, T, segments, span,
+    q, k, v, rows, inverse, attention, initial, moved, maps, T, segments, span,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
-    v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, INITIAL: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
@@ -46,15 +46,15 @@ def transfer_kernel(
     unit = columns[:, None] == tl.arange(0, BLOCK_K)[None, :]
     state = (tl.where(of_values, state[0], tl.where(unit, 1.0, 0.0)),)
     state = walk_forwards(
-        state, q, k, v, beta, rows, inverse, attention, v, v, v, begin, length, first,
+        state, q, k, v, rows, inverse, attention, v, v, begin, length, first,
         segment * span, (segment + 1) * span, n, head, tl.where(of_values, column, 0), of_values,
-        q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
+        q_token, q_head, k_token, k_head, v_token, v_head,
         HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, False, DEPTH, DESCRIBED,
     )  # fmt: skip
     if of_values:
-        store_states(moved, at, column, state, K, V, BLOCK_K, BLOCK_V, False)
+        store_states(moved, at, column, state, K, V, BLOCK_K, BLOCK_V)
     else:
-        store_states(maps, at, column, state, K, K, BLOCK_K, BLOCK_V, False)
+        store_states(maps, at, column, state, K, K, BLOCK_K, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "span"])
@@ -84,7 +84,7 @@ def dtransfer_kernel(
         HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, DEPTH, DESCRIBED,
     )  # fmt: skip
     at = (n.to(tl.int64) * (segments - 1) + segment - 1) * HEADS + head
-    store_states(moved, at, column, dstate, K, V, BLOCK_K, BLOCK_V, False)
+    store_states(moved, at, column, dstate, K, V, BLOCK_K, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["joints"])

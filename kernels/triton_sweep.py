@@ -13,9 +13,10 @@ it, which Hopper's matrix units take from registers, and the right one is a tile
 memory. Nothing of the chain from state to state passes through shared memory, or waits at a barrier for another warp.
 K lies in blocks, each with its part of the state, so that 192 channels are not padded to 256.
 
-The backward walk needs neither S nor u, so the two walks that the gradient is made of share one launch: half of the
-programs recompute states and u, the other half carry dS. What they leave in memory per chunk (S, dS, u, dr) makes
-every gradient computable from its chunk alone (``triton_gradients``).
+For the backward pass the forward walk keeps u: from it the states come without the chain of dots, one product a chunk.
+The backward walk needs neither, so both share one launch: half of the programs carry dS, the other half repeat the
+states. What they leave in memory per chunk (S, dS, dr) makes every gradient computable from its chunk alone
+(``triton_gradients``).
 """
 
 import triton
@@ -23,6 +24,7 @@ import triton.language as tl
 
 from widthwise.kernels.triton_prepare import (
     CHUNK,
+    ROW_BETA,
     ROW_G,
     ROW_OUT,
     ROW_READ,
@@ -64,19 +66,28 @@ def load_states(given, matrix, columns, between, at, at_edge, K: tl.constexpr, V
 
 
 @triton.jit
-def store_states(state, at, column, tiles, K: tl.constexpr, V: tl.constexpr,
-                 BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
-    """The mirror of ``load_states``, cast to the type of ``state``, which may be a descriptor of [matrices, K, V]."""
-    columns = column + tl.arange(0, BLOCK_V)
-    for block in tl.static_range(len(tiles)):
+def store_state(state, at, column, tiles, block: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
+    """Block number ``block`` of what ``load_states`` loads, if there are as many, cast to the type of ``state``, which
+    may be a descriptor of [matrices, K, V]. Before a store the copy engine must have fetched what the one before it
+    stores: let there be work in between."""
+    if block < len(tiles):
         tile = tl.trans(tiles[block])
         if DESCRIBED:
             state.store([at.to(tl.int32), block * BLOCK_K, column], tl.reshape(tile, [1, BLOCK_K, BLOCK_V]))
         else:
-            i = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            i, columns = block * BLOCK_K + tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_V)
             mask = (i < K)[:, None] & (columns < V)[None, :]
             pointers = state + at * K * V + i[:, None] * V + columns[None, :]
             tl.store(pointers, tile.to(state.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_states(state, at, column, tiles, K: tl.constexpr, V: tl.constexpr,
+                 BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
+    """The mirror of ``load_states``."""
+    for block in tl.static_range(len(tiles)):
+        store_state(state, at, column, tiles, block, K, V, BLOCK_K, BLOCK_V, False)
 
 
 @triton.jit
@@ -154,19 +165,25 @@ def added(state, decay, turned, tiles):
 
 
 @triton.jit
+def widened(x):
+    """bf16 as fp32, by moving its bits: the conversion runs at a quarter of the rate."""
+    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def walk_forwards(
-    state, q, k, v, beta, rows, inverse, attention, o, u, states,
+    state, q, k, v, rows, inverse, attention, o, u,
     begin, length, first, start, stop, n, head, column, written_to,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
-    v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
     DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """From ``state`` before chunk ``start`` of a sequence to the one returned, before chunk ``stop``.
 
-    With OUTPUT: o. With KEEP: u and the state before every chunk, for the backward pass. With neither, ``written_to``
-    says whether v is written to the state, or nothing.
+    With OUTPUT: o. With KEEP: u, for the backward pass. With neither, ``written_to`` says whether v is written to the
+    state, or nothing.
     """
     i = tl.arange(0, CHUNK)
     ends = rows + ROW_G * CHUNK + CHUNK - 1
@@ -177,8 +194,7 @@ def walk_forwards(
         here = rows + at * ROWS * CHUNK + i
         k_tiles = fetch_blocks(k, n, step, head // GROUP, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
         v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
-        betas = beta + token * beta_token + head * beta_head + i * beta_token
-        beta_row = tl.load(betas, mask=i < left, other=0.0).to(tl.float32)
+        beta_row = tl.load(here + ROW_BETA * CHUNK)
         read_row = tl.load(here + ROW_READ * CHUNK)
         write_row = tl.load(here + ROW_WRITE * CHUNK)
         solve = fetch_square(inverse, at, DESCRIBED)
@@ -188,11 +204,14 @@ def walk_forwards(
         if not (OUTPUT or KEEP):
             wanted = tl.where(written_to, wanted, 0.0)
         wanted -= read_row[None, :] * applied(operands, k_tiles)
-        u_turned = tl.dot(wanted.to(v_tile.dtype), tl.trans(solve))
-        if KEEP and v_tile.dtype == tl.bfloat16:
-            # Where keys repeat, the inverse cancels most of this: the gradients need what bf16 rounds away.
-            rest = wanted - wanted.to(v_tile.dtype).to(tl.float32)
-            u_turned = tl.dot(rest.to(v_tile.dtype), tl.trans(solve), u_turned)
+        known = wanted.to(v_tile.dtype)
+        u_turned = tl.dot(known, tl.trans(solve))
+        if KEEP:
+            kept = u_turned
+            if v_tile.dtype == tl.bfloat16:
+                # Where keys repeat, the inverse cancels most of this: the gradients need what bf16 rounds away.
+                kept = tl.dot((wanted - widened(known)).to(v_tile.dtype), tl.trans(solve), u_turned)
+            put(u, n, step, head, column, token, left, kept.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
         if OUTPUT:
             q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
             mix = fetch_square(attention, at, DESCRIBED)
@@ -200,14 +219,38 @@ def walk_forwards(
             out = applied(operands, q_tiles) * out_row[None, :]
             out = tl.dot(u_turned.to(v_tile.dtype), tl.trans(mix), out)
             put(o, n, step, head, column, token, left, out.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
-        if KEEP:
-            store_states(states, at, column, operands, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
-            put(u, n, step, head, column, token, left, u_turned.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
         written = (write_row[None, :] * u_turned).to(v_tile.dtype)
         state = added(state, tl.exp(last), written, k_tiles)
         # The next chunk's last, by hand: a stage of it would take four bytes of shared memory too many.
         last = tl.load(ends + (at + HEADS) * ROWS * CHUNK, mask=step + 1 < stop, other=0.0)
     return state
+
+
+@triton.jit
+def walk_states(
+    state, k, u, rows, states,
+    begin, length, first, start, stop, n, head, column,
+    k_token: tl.constexpr, k_head: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """The state before every chunk, from ``state`` before chunk ``start`` on, by u, which is known: no chain here."""
+    i = tl.arange(0, CHUNK)
+    ends = rows + ROW_G * CHUNK + CHUNK - 1
+    last = tl.load(ends + ((first + start) * HEADS + head) * ROWS * CHUNK, mask=stop > start, other=0.0)
+    for step in tl.range(start, stop, num_stages=DEPTH):
+        token, left = begin + step * CHUNK, length - step * CHUNK
+        at = (first + step) * HEADS + head
+        k_tiles = fetch_blocks(k, n, step, head // GROUP, token, left, k_token, k_head, K, BLOCK_K, DESCRIBED)
+        u_tile = fetch(u, n, step, head, column, token, left, HEADS * V, V, V, BLOCK_V, DESCRIBED)
+        write_row = tl.load(rows + at * ROWS * CHUNK + ROW_WRITE * CHUNK + i)
+        written = (write_row[None, :] * tl.trans(u_tile)).to(u_tile.dtype)
+        before, after = cast(state, u_tile.dtype), ()
+        for block in tl.static_range(len(state)):
+            store_state(states, at, column, before, block, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
+            after += (tl.dot(written, k_tiles[block], state[block] * tl.exp(last)),)  # type: ignore[assignment]
+        state = after
+        last = tl.load(ends + (at + HEADS) * ROWS * CHUNK, mask=step + 1 < stop, other=0.0)
 
 
 @triton.jit
@@ -242,16 +285,23 @@ def walk_backwards(
         q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
 
         operands = cast(dstate, do_tile.dtype)
-        if KEEP:
-            store_states(dstates, at, column, operands, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
         do_turned = tl.trans(do_tile)
-        du = tl.dot(do_turned, mix, applied(operands, k_tiles) * write_row[None, :])
+        if KEEP:
+            store_state(dstates, at, column, operands, 0, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
+        du = applied(operands, k_tiles) * write_row[None, :]
+        if KEEP:
+            store_state(dstates, at, column, operands, 1, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
+        du = tl.dot(do_turned, mix, du)
+        if KEEP:
+            store_state(dstates, at, column, operands, 2, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
         dr_turned = tl.dot(du.to(do_tile.dtype), solve)
         if KEEP:
-            put(dr, n, step, head, column, token, left, dr_turned.to(do_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
+            store_state(dstates, at, column, operands, 3, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
         read = (-read_row[None, :] * dr_turned).to(do_tile.dtype)
         shown = (out_row[None, :] * do_turned).to(do_tile.dtype)
         dstate = added(dstate, tl.exp(last), read, k_tiles)
+        if KEEP:
+            put(dr, n, step, head, column, token, left, dr_turned.to(do_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
         dstate = added(dstate, 1.0, shown, q_tiles)
         last = tl.load(ends + (at - HEADS) * ROWS * CHUNK, mask=step > start, other=0.0)
     return dstate
@@ -259,12 +309,12 @@ def walk_backwards(
 
 @triton.jit(do_not_specialize=["T", "segments", "span"])
 def forward_kernel(
-    q, k, v, beta, rows, inverse, attention, o, initial, starts, final, cu_seqlens, chunk_offsets, T, segments, span,
+    q, k, v, rows, inverse, attention, o, u, initial, starts, final, cu_seqlens, chunk_offsets, T, segments, span,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
-    v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
+    v_token: tl.constexpr, v_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, DEPTH: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
+    DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, HV, V] and final [N, HV, K, V]; one program a sequence, segment of it, value head and block of V.
 
@@ -283,31 +333,32 @@ def forward_kernel(
     at = (n.to(tl.int64) * (segments - 1) + segment - 1) * HEADS + head
     state = load_states(initial, matrix, columns, starts, at, segment == 0, K, V, BLOCK_K, BLOCK_V, INITIAL, True)
     state = walk_forwards(
-        state, q, k, v, beta, rows, inverse, attention, o, o, o, begin, length, first, start, stop,
+        state, q, k, v, rows, inverse, attention, o, u, begin, length, first, start, stop,
         n, head, column, True,
-        q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
-        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, False, DEPTH, DESCRIBED,
+        q_token, q_head, k_token, k_head, v_token, v_head,
+        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, KEEP, DEPTH, DESCRIBED,
     )  # fmt: skip
     if segment == segments - 1:
-        store_states(final, matrix, column, state, K, V, BLOCK_K, BLOCK_V, False)
+        store_states(final, matrix, column, state, K, V, BLOCK_K, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "span"])
 def backward_kernel(
-    q, k, v, do, beta, rows, inverse, attention, u, dr, states, dstates,
+    q, k, do, u, rows, inverse, attention, dr, states, dstates,
     initial, starts, dfinal, dends, dinitial, cu_seqlens, chunk_offsets, T, segments, span,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
-    v_token: tl.constexpr, v_head: tl.constexpr, beta_token: tl.constexpr, beta_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-    DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
+    DEPTH: tl.constexpr, STATES_DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """u and dr [B, T, HV, V], states and dstates [chunks, HV, K, V]; two programs a sequence, segment, value head and
-    block of V. ``dends`` [N, segments - 1, HV, K, V] is for the ends of all segments but the last what ``starts`` is
-    for the beginnings of all but the first."""
+    """dr [B, T, HV, V], states and dstates [chunks, HV, K, V]; two programs a sequence, segment, value head and block
+    of V, of which those that take longer come first. ``dends`` [N, segments - 1, HV, K, V] is for the ends of all
+    segments but the last what ``starts`` is for the beginnings of all but the first."""
     V_BLOCKS: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
-    program = tl.program_id(0) // 2
+    half = tl.num_programs(0) // 2
+    backwards = tl.program_id(0) < half
+    program = tl.where(backwards, tl.program_id(0), tl.program_id(0) - half)
     column = (program % V_BLOCKS) * BLOCK_V
     head, program = (program // V_BLOCKS) % HEADS, program // (V_BLOCKS * HEADS)
     segment, n = program % segments, program // segments
@@ -316,7 +367,7 @@ def backward_kernel(
     matrix = n.to(tl.int64) * HEADS + head
     columns = column + tl.arange(0, BLOCK_V)
     at = (n.to(tl.int64) * (segments - 1) + segment) * HEADS + head
-    if tl.program_id(0) % 2 == 0:
+    if backwards:
         dstate = load_states(
             dfinal, matrix, columns, dends, at, segment == segments - 1, K, V, BLOCK_K, BLOCK_V, FINAL, True
         )  # fmt: skip
@@ -326,14 +377,12 @@ def backward_kernel(
             HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, DEPTH, DESCRIBED,
         )  # fmt: skip
         if INITIAL and segment == 0:
-            store_states(dinitial, matrix, column, dstate, K, V, BLOCK_K, BLOCK_V, False)
+            store_states(dinitial, matrix, column, dstate, K, V, BLOCK_K, BLOCK_V)
     else:
         state = load_states(
             initial, matrix, columns, starts, at - HEADS, segment == 0, K, V, BLOCK_K, BLOCK_V, INITIAL, True
         )  # fmt: skip
-        walk_forwards(
-            state, q, k, v, beta, rows, inverse, attention, u, u, states, begin, length, first, start, stop,
-            n, head, column, True,
-            q_token, q_head, k_token, k_head, v_token, v_head, beta_token, beta_head,
-            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, True, DEPTH, DESCRIBED,
+        walk_states(
+            state, k, u, rows, states, begin, length, first, start, stop, n, head, column, k_token, k_head,
+            HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, STATES_DEPTH, DESCRIBED,
         )  # fmt: skip

@@ -54,7 +54,7 @@ def test_opcheck(problem, cu_seqlens, state):
     """torch's own test of a custom op: schema, fake kernel, autograd registration, AOT tracing with dynamic shapes."""
     p = problem(B=1, T=40, H=1, groups=2, K=4, V=6, cu_seqlens=cu_seqlens, state=state)
     *tokens, initial_state = (*(x.requires_grad_() for x in p.inputs.values()), *(() if state else (None,)))
-    torch.library.opcheck(OP, (*tokens, 0.5, initial_state, p.options.get("cu_seqlens"), True))
+    torch.library.opcheck(OP, (*tokens, 0.5, initial_state, p.options.get("cu_seqlens"), True, True))
 
 
 def test_a_second_differentiation_is_refused(problem):

@@ -75,6 +75,15 @@ def worst(case, normalize=True, reference=oracle) -> float:
     return max(errors(found, reference(*case, normalize)).values())
 
 
+def unkept_is_the_same(case) -> bool:
+    """Whether outputs and gradients have the same bits when nothing is kept for the backward pass."""
+    inputs, initial, grads, cu_seqlens = case
+    rest = (inputs[0].shape[-1] ** -0.5, initial, cu_seqlens, True)
+    o, final, saved = triton_scan.forward(*inputs, *rest, keep=False)
+    found = (o, final, *triton_scan.backward(*grads, *inputs, *rest, saved))
+    return all(torch.equal(a, b) for a, b in zip(found, ours(*case), strict=True))
+
+
 class Rule(torch.nn.Module):
     def forward(self, q, k, v, g, beta):
         return gated_delta_rule(q, k, v, g, beta, normalize_qk=True)[0]
@@ -89,6 +98,9 @@ def interpret() -> None:
         ((2, 64, 1, 2, 24, 48, fp32), {}, True),
         ((1, 65, 2, 1, 32, 16, fp32), {}, False),
         ((1, 70, 1, 1, 130, 24, fp32), {}, True),
+        ((1, 70, 1, 1, 40, 80, fp32), {}, True),  # from here on V in several blocks, the gradients in one pass
+        ((1, 140, 1, 2, 80, 136, fp32), {"cu": [0, 0, 1, 64, 65, 65, 140]}, True),
+        ((1, 70, 1, 1, 136, 136, fp16), {}, True),  # in two
         ((1, 100, 1, 1, 16, 16, fp32), {"g": 0.0, "beta": 1.0}, True),
         ((1, 100, 1, 1, 16, 16, fp32), {"g": -50.0}, True),
         ((1, 100, 1, 1, 16, 16, fp32), {"g": -1e4, "beta": 0.0}, True),
@@ -105,6 +117,9 @@ def interpret() -> None:
         bound = 1e-5 if shape[-1] == fp32 else 6e-3
         if (error := worst(case, normalize)) > bound:
             print(shape, options, normalize, errors(ours(*case, normalize), oracle(*case, normalize)), error)
+    # What is not kept for the backward pass is computed again.
+    if not unkept_is_the_same(draw(1, 130, 1, 2, 16, 32, fp32, device="cpu")):
+        print("keep")
     # A sequence walked in several places at once.
     shortest, triton_launch.SHORTEST = triton_launch.SHORTEST, 1
     for shape in [(1, 330, 1, 1, 16, 16, fp32), (2, 330, 1, 2, 24, 80, fp32), (1, 330, 2, 1, 32, 16, fp16)]:
@@ -244,6 +259,24 @@ def test_odd_widths(key_dim, value_dim, packed, dtype):
     shape = (1, 300) if packed else (2, 150)
     case = draw(*shape, 3, 2, key_dim, value_dim, dtype, cu=[0, 1, 65, 65, 300] if packed else None)
     assert worst(case, reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 192), (128, 256), (136, 136), (192, 384), (256, 192)])
+def test_values_in_several_blocks(key_dim, value_dim, packed, dtype):
+    """The gradients in one pass over V and in two, by the copy engine and without it; the same bits each time."""
+    shape = (1, 300) if packed else (2, 150)
+    case = draw(*shape, 2, 2, key_dim, value_dim, dtype, cu=[0, 1, 65, 65, 300] if packed else None)
+    assert worst(case, reference=fast_oracle) < TOLERANCE[dtype]
+    assert all(torch.equal(a, b) for a, b in zip(ours(*case), ours(*case), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_keeping_changes_nothing(dtype):
+    assert unkept_is_the_same(draw(2, 150, 2, 2, 128, 128, dtype))
 
 
 @pytest.mark.gpu
