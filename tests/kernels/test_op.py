@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from widthwise.kernels import gated_delta_rule, gated_delta_rule_reference
+from widthwise.kernels import gated_delta_rule, gated_delta_rule_reference, op
 from widthwise.kernels.fla import chunk_gated_delta_rule
 
 OP = torch.ops.widthwise.gated_delta_rule.default
@@ -40,6 +40,19 @@ class Layer(torch.nn.Module):
 def layer():
     torch.manual_seed(0)
     return Layer()
+
+
+@pytest.mark.parametrize(("wanted", "enabled"), [(True, True), (True, False), (False, True)])
+def test_keeps_where_a_gradient_is_wanted(problem, monkeypatch, wanted, enabled):
+    """``keep`` is the op's last argument."""
+    kept = []
+    forward = op._forward_op
+    monkeypatch.setattr(op, "_forward_op", lambda *args: kept.append(args[-1]) or forward(*args))
+    p = problem(B=1, T=3, H=1, K=4, V=6)
+    inputs = {name: x.requires_grad_(wanted and name == "beta") for name, x in p.inputs.items()}
+    with torch.set_grad_enabled(enabled):
+        gated_delta_rule(**inputs)
+    assert kept == [wanted and enabled]
 
 
 def gradients(layer, x, function=None):
