@@ -45,6 +45,17 @@ class Books:
                 return
             self.stages.append(more)
 
+    def rehearse(self) -> None:
+        """Make a model of each parametrization that has runs left: what is wrong with all of them is said once.
+
+        Raises:
+            DeriveError: where that cannot be.
+        """
+        from widthwise.verify.transfer.train import skeleton
+
+        for run in {run.parametrization: run for run in self.left().values()}.values():
+            skeleton(run)
+
     def add(self, run: Run, outcome: Outcome) -> None:
         self.finished[run.key] = self.results.add(run, outcome)
 
@@ -61,7 +72,8 @@ def carry_out(
         What went wrong, by run; nothing where all grids are complete.
 
     Raises:
-        DeriveError: when results cannot be read or written, or the executor is not there.
+        DeriveError: when results cannot be read or written, the executor is not there, or a sweep's model cannot be
+            made.
     """
     console = console or Console(highlight=False)
     execute = executor(how)
@@ -69,6 +81,8 @@ def carry_out(
     for each in books:
         runs = len(each.grid)
         console.print(f"{each.sweep.name}: {runs} runs, {runs - len(each.left())} of them finished before")
+    for each in books:
+        each.rehearse()
     failures: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -96,15 +110,18 @@ def _round(books: list[Books], execute: Executor, jobs: int, failures: dict[str,
         progress.advance(task)
         if FAILED in outcome:
             failures[run.key] = f"{_name(run)}: {outcome[FAILED]}"
-            progress.console.print(f"failed: {failures[run.key]}")
+            says = "the same" if outcome[FAILED] in noted else outcome[FAILED]
+            noted.add(outcome[FAILED])
+            progress.console.print(f"failed: {_name(run)}: {says}", soft_wrap=True)
             continue
         for each in books:
             if run.key in each.grid:
                 each.add(run, outcome)
         says = "diverged" if outcome["diverged"] is not None else f"{outcome['loss']:.4f}"
-        progress.console.print(f"{number}/{len(waiting)} {_name(run)}: {says} ({outcome['seconds']:.0f} s)")
+        line = f"{number}/{len(waiting)} {_name(run)}: {says} ({outcome['seconds']:.0f} s)"
+        progress.console.print(line, soft_wrap=True)
         if (note := outcome.get("note")) and note not in noted:
-            progress.console.print(f"note: {note}")
+            progress.console.print(f"note: {note}", soft_wrap=True)
             noted.add(note)
     return True
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from widthwise.codegen.render import render
 from widthwise.codegen.request import Request
-from widthwise.derive.errors import DeriveError
+from widthwise.derive.errors import DeriveError, unknown_name
 from widthwise.verify.data import VOCABULARY, Corpus, corpus
 from widthwise.verify.loading import imported
 from widthwise.verify.transfer import mqar
@@ -26,6 +27,8 @@ from widthwise.verify.transfer.step import Step, captured, eager, loss_of
 from widthwise.verify.transfer.team import ALONE, Team, description
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+
+OPTIMIZERS: Mapping[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 CHECK = 50  # steps between looks at the losses, the only times that the loop waits for the device
 
@@ -48,12 +51,30 @@ def batches(data: str, training: Training, seed: int, *, split: str = "train") -
     return _corpus(data).batches(training.batch, training.length, seed, split=split)
 
 
+def skeleton(run: Run) -> nn.Module:
+    """The model of a run, without numbers in it.
+
+    Raises:
+        DeriveError: where there is no model of this architecture, or of these sizes, or nothing to train it by.
+    """
+    if run.request.optimizer not in OPTIMIZERS:
+        raise unknown_name("optimizer that sweeps can train with", run.request.optimizer, list(OPTIMIZERS))
+    models = generated(run.request, "model")
+    (cls,) = (value for name, value in vars(models).items() if name.endswith("LM"))  # the one class of the whole model
+    try:
+        sizes = cls.widened(run.width, **run.sizes)
+        model: nn.Module = cls(**sizes, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device="meta")
+    except (TypeError, ValueError) as error:
+        takes = [each.name for each in inspect.signature(cls).parameters.values() if each.default is each.empty]
+        names = ", ".join(name for name in takes if name not in ("width", "vocab"))
+        raise DeriveError(f"[sizes] do not make a {cls.__name__}: {error}", cure=f"it takes {names}") from None
+    return model
+
+
 def build(run: Run, device: torch.device, team: Team = ALONE) -> tuple[nn.Module, list[dict[str, Any]], int]:
     """The model of a run, the groups for its optimizer, its number of parameters."""
-    rules, models = generated(run.request, "parametrization"), generated(run.request, "model")
-    (cls,) = (value for name, value in vars(models).items() if name.endswith("LM"))  # the one class of the whole model
-    sizes = cls.widened(run.width, **run.sizes)
-    model: nn.Module = cls(**sizes, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device="meta")
+    model = skeleton(run)
+    rules = generated(run.request, "parametrization")
     team.sharded(model)
     model.to_empty(device=device)  # init_ draws all of it
     widths = {"width": run.width, "base_width": run.base_width}
@@ -68,8 +89,7 @@ def optimizer_of(name: str, groups: list[dict[str, Any]], training: Training, de
     """The optimizer of a request; weight decay is decoupled under AdamW, and SGD's momentum is Nesterov's."""
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=training.momentum, nesterov=training.momentum > 0)
-    known = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-    return known[name](groups, betas=(training.beta1, training.beta2), fused=device.type == "cuda")
+    return OPTIMIZERS[name](groups, betas=(training.beta1, training.beta2), fused=device.type == "cuda")
 
 
 def schedule(training: Training, step: int) -> float:

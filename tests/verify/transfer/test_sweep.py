@@ -173,11 +173,37 @@ def test_results_that_are_none_are_refused(folder: Path) -> None:
     assert "line 2 of" in result.output
 
 
-def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path, sweep: Sweep) -> None:
-    failures = carry_out([(replace(sweep, data=str(folder / "nothing")), folder / "results.jsonl")])
-    assert len(failures) == 6
-    assert "does not exist" in failures[0]
+def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path) -> None:
+    (folder / "sweep.toml").write_text((folder / "sweep.toml").read_text().replace("/text", "/nothing"))
+    result = run("sweep", folder / "sweep.toml", "--output", folder / "results.jsonl")
+    assert result.exit_code == 1
+    assert result.output.count("does not exist") == 1
+    assert result.output.count(": the same\n") == 5
+    assert "6 runs failed or were left" in result.output
     assert not (folder / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("H = 2\n", "heads = 2\n", "unexpected keyword argument 'heads'\n  to do: it takes depth, H, d_k, d_v, ffn\n"),
+        ("H = 2\n", "", "missing 1 required keyword-only argument: 'H'"),
+        (
+            '"adamw"',
+            '"lion"',
+            "no optimizer that sweeps can train with is called 'lion'\n  to do: known: adam, adamw, sgd",
+        ),
+        ('"gated_deltanet"', '"mamba2"', "no kernel computes the scan"),
+    ],
+)
+def test_what_is_wrong_with_all_runs_is_said_once(folder: Path, old: str, new: str, says: str) -> None:
+    file = folder / "sweep.toml"
+    file.write_text(file.read_text().replace(old, new))
+    result = run("sweep", file)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert "failed" not in result.output
+    assert not (folder / "sweep.jsonl").exists()
 
 
 def test_short_memory_fails_one_run(folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
