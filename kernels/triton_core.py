@@ -138,11 +138,11 @@ def forward(
 def backward(
     do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, saved: tuple[Tensor, ...],
-    *, parts: bool = False,
+    *, parts: bool = False, least: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dg, dbeta, dinitial_state), each in the shape and dtype of its input.
 
-    With ``parts``, dq and dk are [B * T, HV, K], a value head each, for ``finish``.
+    With ``parts``, dq and dk are [B * T, HV, K], a value head each, for ``finish``. ``least`` as in ``walk_backwards``.
     """
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
@@ -168,13 +168,13 @@ def backward(
         if segments > 1:
             dends = torch.empty_like(starts)
             dtransfer_kernel[(walks * (segments - 1),)](
-                *tiles[:3], rows, *tiles[4:6], dfinal, dends, batch.length, segments, span,
+                *tiles[:3], rows, *tiles[4:6], dfinal, dends, batch.length, segments, span, least,
                 **_strides(q=q, k=k, do=do), **sizes, FINAL=dfinal is not None, **blocks, DESCRIBED=described,
             )  # fmt: skip
             _join(dends, maps, batch.sequences, segments - 1, value_heads, backwards=True)
         backward_kernel[(2 * walks * segments,)](
             *tiles[:4], rows, *tiles[4:], initial, starts if segments > 1 else rows, dfinal, dends, dinitial,
-            *batch.tables[:2], batch.length, segments, span, **_strides(q=q, k=k, do=do), **sizes, **varlen,
+            *batch.tables[:2], batch.length, segments, span, least, **_strides(q=q, k=k, do=do), **sizes, **varlen,
             STATES_DEPTH=launch.states_depth(chip), INITIAL=initial is not None, FINAL=dfinal is not None,
             **blocks, DESCRIBED=described,
         )  # fmt: skip

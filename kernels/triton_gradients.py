@@ -31,7 +31,7 @@ from widthwise.kernels.triton_prepare import (
     load_tile,
     locate_chunk,
 )
-from widthwise.kernels.triton_sweep import store_tile
+from widthwise.kernels.triton_tiles import store_tile
 
 
 @triton.jit
@@ -43,6 +43,26 @@ def load_matrix(base, rows, columns, K: tl.constexpr, V: tl.constexpr, BLOCK_K: 
     else:
         tile = tl.load(pointers, mask=(rows < K)[:, None] & (columns < V)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def decay_of_pairs(gates, k_unit):
+    """exp(i - j) times the reciprocal norm of k_j, zero for i < j: [C, C]."""
+    i = tl.arange(0, CHUNK)
+    return tl.exp(tl.where(i[:, None] >= i[None, :], gates[:, None] - gates[None, :], float("-inf"))) * k_unit[None, :]
+
+
+@triton.jit
+def attention_in_fp32(q, k, q_token, k_token, left, gates, q_unit, k_unit, scale,
+                      K: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """P [C, C] once more: where all gates are strong, it is below fp16's range for all pairs."""
+    pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        q_tile = load_tile(q, q_token, left, columns, K, BLOCK_K)
+        k_tile = load_tile(k, k_token, left, columns, K, BLOCK_K)
+        pairs += tl.dot(q_tile, tl.trans(k_tile))
+    return pairs * decay_of_pairs(gates, k_unit) * (q_unit * scale)[:, None]
 
 
 @triton.jit
@@ -67,7 +87,7 @@ def from_pairs(f, e, keys, mix, gates, q_unit, k_unit, beta_row, scale, f_pairs,
     share = tl.where(below, share, 0.0)
     dgates = tl.sum(share, 1)
     q_dq = dgates + k_dk
-    decay = tl.exp(tl.where(below | same, gates[:, None] - gates[None, :], float("-inf"))) * k_unit[None, :]
+    decay = decay_of_pairs(gates, k_unit)
     f *= -decay * (q_unit * scale)[:, None]
     store_tile(f_pairs, stride, left, i, f, CHUNK)
     e = tl.where(below, e * decay * k_unit[:, None], 0.0)
@@ -130,7 +150,9 @@ def gradients_kernel(
     i_k = tl.arange(0, BLOCK_K)
     k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
     v_tile = load_tile(v, v_token, left, i_v, V, BLOCK_V)
-    mix = tl.load(attention + (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
+    HALF: tl.constexpr = q.dtype.element_ty == tl.float16
+    if not HALF:
+        mix = tl.load(attention + (chunk * HEADS + head) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
     gates = tl.load(rows + ROW_G * CHUNK)
     k_unit = tl.load(rows + ROW_K * CHUNK)
     q_unit = tl.load(rows + ROW_Q * CHUNK)
@@ -143,6 +165,8 @@ def gradients_kernel(
         keys += tl.dot(more, tl.trans(more))
     q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
     state = load_matrix(states, i_k, i_v, K, V, BLOCK_K, BLOCK_V)
+    if HALF:
+        mix = attention_in_fp32(q, k, q_token, k_token, left, gates, q_unit, k_unit, scale, K, BLOCK_K)
     q_dq, k_dk, dgates, dbeta_row = from_pairs(
         f, e, keys, mix, gates, q_unit, k_unit, beta_row, scale, f_pairs, e_pairs, HEADS * PAIRS_WIDTH, left
     )

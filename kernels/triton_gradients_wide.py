@@ -8,7 +8,7 @@ a pass of their own before.
 import triton
 import triton.language as tl
 
-from widthwise.kernels.triton_gradients import from_pairs, less_product, load_matrix
+from widthwise.kernels.triton_gradients import attention_in_fp32, from_pairs, less_product, load_matrix
 from widthwise.kernels.triton_prepare import (
     CHUNK,
     ROW_BETA,
@@ -20,7 +20,7 @@ from widthwise.kernels.triton_prepare import (
     load_tile,
     locate_chunk,
 )
-from widthwise.kernels.triton_sweep import fetch, store_tile
+from widthwise.kernels.triton_tiles import fetch, store_tile
 
 
 @triton.jit
@@ -167,7 +167,9 @@ def wide_gradients_kernel(
     rows += at * ROWS * CHUNK + i
 
     k_tiles = load_blocks(k, k_token, left, K, BLOCK_K)
-    mix = tl.load(attention + at * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
+    HALF: tl.constexpr = q.dtype.element_ty == tl.float16
+    if not HALF:
+        mix = tl.load(attention + at * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
     gates = tl.load(rows + ROW_G * CHUNK)
     k_unit = tl.load(rows + ROW_K * CHUNK)
     q_unit = tl.load(rows + ROW_Q * CHUNK)
@@ -179,6 +181,8 @@ def wide_gradients_kernel(
     keys = tl.dot(k_tiles[0], tl.trans(k_tiles[0]))
     for block in tl.static_range(1, K_BLOCKS):
         keys += tl.dot(k_tiles[block], tl.trans(k_tiles[block]))
+    if HALF:
+        mix = attention_in_fp32(q, k, q_token, k_token, left, gates, q_unit, k_unit, scale, K, BLOCK_K)
     q_dq, k_dk, dgates, dbeta_row = from_pairs(
         f, e, keys, mix, gates, q_unit, k_unit, beta_row, scale, f_pairs, e_pairs, HEADS * PAIRS_WIDTH, left
     )

@@ -7,11 +7,13 @@ of two that brings its largest magnitude to between 2 and 4, which loses nothing
 A number 2^-16 of the largest of its tensor keeps 10 bits; below, it is rounded to 2^-26 of the largest. Above, there
 is room for states 10^4 times as large as any input; one beyond makes the outputs infinite, never wrong.
 
+What flows back from the outputs and from the final state may differ by any factor, and is sent back one after the
+other, each with its scale, and from chunk to chunk in units of what the gates have left of it (``walk_backwards``).
+Where there is nothing but a final state's gradient, what lies behind gates that leave less than 2^-24 of it within one
+chunk is still rounded away, and so it is segments away in a sequence that is walked in several places.
+
 fp16 inputs go the same way, unscaled, where q and k are to be normalized: the reciprocal norm of a row that is near
 zero has no room in fp16, so norms are divided out before.
-
-A gradient that reaches a token only from afar, through a decay of more than 2^-24, with nothing flowing back in
-between, is rounded to zero on its way where fp32 would keep it.
 """
 
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor
 from widthwise.kernels import triton_core
 
 LARGEST = 2  # the exponent to which scales bring the largest magnitude
+TINY = 2.0**-100  # least unit of a gradient
 
 
 @dataclass(frozen=True)
@@ -90,28 +93,38 @@ def backward(
     do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, saved: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """As ``triton_scan.backward``. The loss is ``whole`` times the one that the kernels see."""
+    """As ``triton_scan.backward``."""
     x = halve(q, k, v, initial_state, normalize_qk)
-    d_scale = whole = over = None
-    if x.v_scale is not None:
-        if dfinal_state is not None and x.q_scale is not None:
-            dfinal_state = dfinal_state / x.q_scale
-        d_scale = scale_of(do, dfinal_state)
-        over = d_scale.reciprocal()
-        whole = d_scale * x.v_scale if x.q_scale is None else d_scale * x.v_scale * x.q_scale
-        dfinal_state = None if dfinal_state is None else dfinal_state * over
-    dq_parts, dk_parts, dv, dg, dbeta, dinitial = triton_core.backward(
-        times(do, over, dtype=torch.float16), dfinal_state, x.q, x.k, x.v, g.float(), beta.float(), scale,
-        x.initial, cu_seqlens, False, saved, parts=True,
-    )  # fmt: skip
-    group = v.shape[2] // q.shape[2]
-    dq, dk = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k))
-    for y, dy, parts, own in ((q, dq, dq_parts, x.q_scale), (k, dk, dk_parts, x.k_scale)):
-        factor = whole if whole is None or own is None else whole / own
-        triton_core.finish(y, parts, dy, group, normalize_qk, factor, unit=True)
-    through_v = None if whole is None or x.v_scale is None else whole / x.v_scale
-    return (
-        dq, dk, times(dv, through_v, dtype=v.dtype),
-        times(dg, whole, dtype=g.dtype), times(dbeta, whole, dtype=beta.dtype),
-        None if dinitial is None else times(dinitial, through_v, dtype=torch.float32),
-    )  # fmt: skip
+
+    def flow(
+        do: Tensor, dfinal: Tensor | None, whole: Tensor | None, least: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients of what flows back; the loss is ``whole`` times the one that the kernels see."""
+        dq_parts, dk_parts, dv, dg, dbeta, dinitial = triton_core.backward(
+            do, dfinal, x.q, x.k, x.v, g.float(), beta.float(), scale, x.initial, cu_seqlens, False, saved,
+            parts=True, least=least,
+        )  # fmt: skip
+        group = v.shape[2] // q.shape[2]
+        dq, dk = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k))
+        for y, dy, parts, own in ((q, dq, dq_parts, x.q_scale), (k, dk, dk_parts, x.k_scale)):
+            factor = whole if whole is None or own is None else whole / own
+            triton_core.finish(y, parts, dy, group, normalize_qk, factor, unit=True)
+        through_v = None if whole is None or x.v_scale is None else whole / x.v_scale
+        return (
+            dq, dk, times(dv, through_v, dtype=v.dtype),
+            times(dg, whole, dtype=g.dtype), times(dbeta, whole, dtype=beta.dtype),
+            None if dinitial is None else times(dinitial, through_v, dtype=torch.float32),
+        )  # fmt: skip
+
+    if x.v_scale is None:
+        return flow(do, dfinal_state, None, 1.0)
+    d_scale = scale_of(do)
+    half_do = times(do, d_scale.reciprocal(), dtype=torch.float16)
+    grads = flow(half_do, None, d_scale * x.v_scale if x.q_scale is None else d_scale * x.v_scale * x.q_scale, 1.0)
+    if dfinal_state is not None:
+        d_scale = scale_of(dfinal_state)
+        more = flow(torch.zeros_like(half_do), dfinal_state / d_scale, d_scale * x.v_scale, TINY)
+        for one, other in zip(grads, more, strict=True):
+            if one is not None and other is not None:
+                one += other
+    return grads

@@ -14,14 +14,15 @@ import triton.language as tl
 
 CHUNK = tl.constexpr(64)
 L2_EPS = tl.constexpr(1e-6)
-# A decay below exp(-100) is zero in fp32. Without the floor a g of -1e4 would swell the running sum until the
+# A decay of exp(-104) or less is zero in fp32. Without the floor a g of -1e4 would swell the running sum until the
 # differences of its neighbours drowned in rounding.
-G_FLOOR = tl.constexpr(-100.0)
+G_FLOOR = tl.constexpr(-104.0)
 
 # Seven numbers a token, `rows[chunk, head, row, token]`, zero past the end where they scale what is read there:
 #   G:     the running sum of g in the chunk
 #   READ:  beta exp(G) |k|^-1          what K S is scaled by when the chunk reads the state
 #   OUT:   scale exp(G) |q|^-1         the same for Q S
+#                                      in fp16 both for G - G_first, to be in its range however strong the gates are
 #   WRITE: exp(G_last - G) |k|^-1      what u is scaled by when the chunk writes the state
 #   Q, K:  |q|^-1 and |k|^-1           or 1 where nothing is normalized, or what k is scaled by
 #   BETA:  beta                        here too, since masks cost a walk a tenth of its instructions
@@ -153,8 +154,11 @@ def prepare_kernel(
     gates = tl.cumsum(tl.maximum(g_row, G_FLOOR), 0)
     last = tl.sum(tl.where(i == CHUNK - 1, gates, 0.0))
     tl.store(rows + ROW_G * CHUNK, gates)
-    tl.store(rows + ROW_READ * CHUNK, beta_row * tl.exp(gates) * k_unit)
-    tl.store(rows + ROW_OUT * CHUNK, tl.exp(gates) * q_unit * scale)
+    since = gates
+    if attention.dtype.element_ty == tl.float16:
+        since -= tl.sum(tl.where(i == 0, gates, 0.0))
+    tl.store(rows + ROW_READ * CHUNK, beta_row * tl.exp(since) * k_unit)
+    tl.store(rows + ROW_OUT * CHUNK, tl.exp(since) * q_unit * scale)
     tl.store(rows + ROW_WRITE * CHUNK, tl.exp(last - gates) * k_unit)
     tl.store(rows + ROW_Q * CHUNK, q_unit)
     tl.store(rows + ROW_K * CHUNK, k_unit)

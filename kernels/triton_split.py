@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from widthwise.kernels.triton_prepare import CHUNK, locate_sequence
-from widthwise.kernels.triton_sweep import load_states, store_states, walk_backwards, walk_forwards
+from widthwise.kernels.triton_sweep import walk_backwards, walk_forwards
+from widthwise.kernels.triton_tiles import load_states, store_states
 
 
 @triton.jit(do_not_specialize=["T", "segments", "span"])
@@ -57,9 +58,9 @@ def transfer_kernel(
         store_states(maps, at, column, state, K, K, BLOCK_K, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["T", "segments", "span"])
+@triton.jit(do_not_specialize=["T", "segments", "span", "least"])
 def dtransfer_kernel(
-    q, k, do, rows, inverse, attention, dfinal, moved, T, segments, span,
+    q, k, do, rows, inverse, attention, dfinal, moved, T, segments, span, least,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -79,7 +80,8 @@ def dtransfer_kernel(
     )  # fmt: skip
     stop = tl.minimum((segment + 1) * span, tl.cdiv(length, CHUNK))
     dstate = walk_backwards(
-        dstate, q, k, do, rows, inverse, attention, do, do, begin, length, first, segment * span, stop, n, head, column,
+        dstate, q, k, do, rows, inverse, attention, do, do, begin, length, first, segment * span, stop,
+        n, head, column, least,
         q_token, q_head, k_token, k_head, do_token, do_head,
         HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, DEPTH, DESCRIBED,
     )  # fmt: skip

@@ -30,144 +30,24 @@ from widthwise.kernels.triton_prepare import (
     ROW_READ,
     ROW_WRITE,
     ROWS,
-    load_tile,
     locate_sequence,
 )
+from widthwise.kernels.triton_tiles import (
+    added,
+    applied,
+    cast,
+    fetch,
+    fetch_blocks,
+    fetch_square,
+    load_states,
+    put,
+    store_state,
+    store_states,
+    times,
+    widened,
+)
 
-
-@triton.jit
-def store_tile(base, stride, left, columns, tile, WIDTH: tl.constexpr):
-    """The mirror of ``load_tile``."""
-    i = tl.arange(0, CHUNK)
-    mask = (i < left)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(base + i[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def load_states(given, matrix, columns, between, at, at_edge, K: tl.constexpr, V: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GIVEN: tl.constexpr, BETWEEN: tl.constexpr):  # fmt: skip
-    """Columns of a [K, V] matrix, turned: for every block of K [BLOCK_V, BLOCK_K] fp32. At the edge of a sequence it
-    is number ``matrix`` of ``given``, zero unless GIVEN; elsewhere number ``at`` of ``between``, zero unless BETWEEN.
-    """
-    tiles = ()
-    for block in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-        i = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        inside = (i < K)[None, :]
-        places = i[None, :] * V + columns[:, None]
-        tile = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
-        if BETWEEN:
-            mask = (columns < tl.where(at_edge, 0, V))[:, None] & inside
-            tile += tl.load(between + at * K * V + places, mask=mask, other=0.0)
-        if GIVEN:
-            mask = (columns < tl.where(at_edge, V, 0))[:, None] & inside
-            tile += tl.load(given + matrix * K * V + places, mask=mask, other=0.0)
-        tiles += (tile,)  # type: ignore[assignment]
-    return tiles
-
-
-@triton.jit
-def store_state(state, at, column, tiles, block: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
-    """Block number ``block`` of what ``load_states`` loads, if there are as many, cast to the type of ``state``, which
-    may be a descriptor of [matrices, K, V]. Before a store the copy engine must have fetched what the one before it
-    stores: let there be work in between."""
-    if block < len(tiles):
-        tile = tl.trans(tiles[block])
-        if DESCRIBED:
-            state.store([at.to(tl.int32), block * BLOCK_K, column], tl.reshape(tile, [1, BLOCK_K, BLOCK_V]))
-        else:
-            i, columns = block * BLOCK_K + tl.arange(0, BLOCK_K), column + tl.arange(0, BLOCK_V)
-            mask = (i < K)[:, None] & (columns < V)[None, :]
-            pointers = state + at * K * V + i[:, None] * V + columns[None, :]
-            tl.store(pointers, tile.to(state.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_states(state, at, column, tiles, K: tl.constexpr, V: tl.constexpr,
-                 BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):  # fmt: skip
-    """The mirror of ``load_states``."""
-    for block in tl.static_range(len(tiles)):
-        store_state(state, at, column, tiles, block, K, V, BLOCK_K, BLOCK_V, False)
-
-
-@triton.jit
-def fetch(x, n, step, head, column, token, left, x_token, x_head,
-          WIDTH: tl.constexpr, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
-    """The tile [C, BLOCK] of x at a chunk, a head and a column, zero past the sequence and past WIDTH.
-
-    With DESCRIBED, x is a descriptor of [B, heads, T, WIDTH] and one thread has the copy engine bring the tile;
-    otherwise a pointer, and every thread computes addresses, at the expense of the walk's chain.
-    """
-    if DESCRIBED:
-        tile = tl.reshape(x.load([n, head, step * CHUNK, column]), [CHUNK, BLOCK])
-    else:
-        tile = load_tile(x + token * x_token + head * x_head, x_token, left, column + tl.arange(0, BLOCK), WIDTH, BLOCK)
-    return tile
-
-
-@triton.jit
-def fetch_blocks(x, n, step, head, token, left, x_token, x_head,
-                 WIDTH: tl.constexpr, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
-    """``fetch`` of every block of x's width."""
-    tiles = ()
-    for block in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
-        tiles += (fetch(x, n, step, head, block * BLOCK, token, left, x_token, x_head, WIDTH, BLOCK, DESCRIBED),)  # type: ignore[assignment]
-    return tiles
-
-
-@triton.jit
-def fetch_square(x, at, DESCRIBED: tl.constexpr):
-    """The [C, C] matrix number ``at`` of x."""
-    i = tl.arange(0, CHUNK)
-    if DESCRIBED:
-        tile = tl.reshape(x.load([at.to(tl.int32), 0, 0]), [CHUNK, CHUNK])
-    else:
-        tile = tl.load(x + at * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
-    return tile
-
-
-@triton.jit
-def put(x, n, step, head, column, token, left, turned,
-        HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DESCRIBED: tl.constexpr):  # fmt: skip
-    """The mirror of ``fetch`` for a result x [B, T, HEADS, WIDTH] and a tile ``turned`` [BLOCK, C]."""
-    tile = tl.trans(turned)
-    if DESCRIBED:
-        x.store([n, head, step * CHUNK, column], tl.reshape(tile, [1, 1, CHUNK, BLOCK]))
-    else:
-        store_tile(x + (token * HEADS + head) * WIDTH, HEADS * WIDTH, left, column + tl.arange(0, BLOCK), tile, WIDTH)
-
-
-@triton.jit
-def cast(tiles, dtype: tl.constexpr):
-    """Every block in another type."""
-    out = ()
-    for block in tl.static_range(len(tiles)):
-        out += (tiles[block].to(dtype),)  # type: ignore[assignment]
-    return out
-
-
-@triton.jit
-def applied(state, tiles):
-    """(X S)^T [BLOCK_V, C] of the blocks of S^T and of X [C, K]."""
-    out = tl.dot(state[0], tl.trans(tiles[0]))
-    for block in tl.static_range(1, len(tiles)):
-        out = tl.dot(state[block], tl.trans(tiles[block]), out)
-    return out
-
-
-@triton.jit
-def added(state, decay, turned, tiles):
-    """The blocks of (decay S + X^T Y)^T, X [C, K] in blocks, Y^T ``turned`` [BLOCK_V, C]."""
-    out = ()
-    for block in tl.static_range(len(tiles)):
-        out += (tl.dot(turned, tiles[block], state[block] * decay),)  # type: ignore[assignment]
-    return out
-
-
-@triton.jit
-def widened(x):
-    """bf16 as fp32, by moving its bits: the conversion runs at a quarter of the rate."""
-    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+SMALLEST = tl.constexpr(2.0**-126)  # of fp32's normal numbers
 
 
 @triton.jit
@@ -199,6 +79,8 @@ def walk_forwards(
         write_row = tl.load(here + ROW_WRITE * CHUNK)
         solve = fetch_square(inverse, at, DESCRIBED)
 
+        if v_tile.dtype == tl.float16:
+            read_row *= tl.exp(tl.load(rows + at * ROWS * CHUNK + ROW_G * CHUNK))
         operands = cast(state, v_tile.dtype)
         wanted = beta_row[None, :] * tl.trans(v_tile)
         if not (OUTPUT or KEEP):
@@ -216,6 +98,8 @@ def walk_forwards(
             q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
             mix = fetch_square(attention, at, DESCRIBED)
             out_row = tl.load(here + ROW_OUT * CHUNK)
+            if v_tile.dtype == tl.float16:
+                out_row *= tl.exp(tl.load(rows + at * ROWS * CHUNK + ROW_G * CHUNK))
             out = applied(operands, q_tiles) * out_row[None, :]
             out = tl.dot(u_turned.to(v_tile.dtype), tl.trans(mix), out)
             put(o, n, step, head, column, token, left, out.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
@@ -256,7 +140,7 @@ def walk_states(
 @triton.jit
 def walk_backwards(
     dstate, q, k, do, rows, inverse, attention, dr, dstates,
-    begin, length, first, start, stop, n, head, column,
+    begin, length, first, start, stop, n, head, column, least,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -265,11 +149,13 @@ def walk_backwards(
 ):  # fmt: skip
     """From ``dstate``, the gradient of the state before chunk ``stop`` of a sequence, to that before chunk ``start``.
 
-    With KEEP: dr, and the gradient of the state after every chunk.
+    With KEEP: dr, and the gradient of the state after every chunk. ``least``: in fp16, the magnitude of do, or next to
+    nothing where do is zero.
     """
     i = tl.arange(0, CHUNK)
     ends = rows + ROW_G * CHUNK + CHUNK - 1
     last = tl.load(ends + ((first + stop - 1) * HEADS + head) * ROWS * CHUNK, mask=stop > start, other=0.0)
+    frame = 1.0
     for back in tl.range(0, stop - start, num_stages=DEPTH):
         step = stop - 1 - back
         token, left = begin + step * CHUNK, length - step * CHUNK
@@ -286,23 +172,45 @@ def walk_backwards(
 
         operands = cast(dstate, do_tile.dtype)
         do_turned = tl.trans(do_tile)
+        decay = tl.exp(last)
+        if do_tile.dtype == tl.float16:
+            # What has decayed is below fp16's range. So dS is multiplied in units of ``scale``, what gates have left
+            # of it; what is added to it is in units of ``ahead``: READ and OUT begin at 1 in fp16, and without do it is
+            # what this chunk's gates leave of dS.
+            begins = tl.exp(tl.load(rows + at * ROWS * CHUNK + ROW_G * CHUNK))
+            scale = tl.maximum(frame, least)
+            frame = scale * decay
+            ahead = tl.maximum(frame, least * begins)
+            over_ahead = 1 / tl.maximum(ahead, SMALLEST)
+            decay *= over_ahead
+            read_row *= begins * over_ahead * scale
+            write_row *= scale
+            multiplied = cast(times(dstate, 1 / scale), do_tile.dtype)
+        else:
+            multiplied = operands
         if KEEP:
             store_state(dstates, at, column, operands, 0, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
-        du = applied(operands, k_tiles) * write_row[None, :]
+        du = applied(multiplied, k_tiles) * write_row[None, :]
         if KEEP:
             store_state(dstates, at, column, operands, 1, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
         du = tl.dot(do_turned, mix, du)
         if KEEP:
             store_state(dstates, at, column, operands, 2, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
+        if do_tile.dtype == tl.float16:
+            du *= 1 / scale
         dr_turned = tl.dot(du.to(do_tile.dtype), solve)
         if KEEP:
             store_state(dstates, at, column, operands, 3, K, V, BLOCK_K, BLOCK_V, DESCRIBED)
         read = (-read_row[None, :] * dr_turned).to(do_tile.dtype)
         shown = (out_row[None, :] * do_turned).to(do_tile.dtype)
-        dstate = added(dstate, tl.exp(last), read, k_tiles)
+        dstate = added(dstate, decay, read, k_tiles)
+        if do_tile.dtype == tl.float16:
+            dr_turned *= scale
         if KEEP:
             put(dr, n, step, head, column, token, left, dr_turned.to(do_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
         dstate = added(dstate, 1.0, shown, q_tiles)
+        if do_tile.dtype == tl.float16:
+            dstate = times(dstate, ahead)
         last = tl.load(ends + (at - HEADS) * ROWS * CHUNK, mask=step > start, other=0.0)
     return dstate
 
@@ -342,10 +250,10 @@ def forward_kernel(
         store_states(final, matrix, column, state, K, V, BLOCK_K, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=["T", "segments", "span"])
+@triton.jit(do_not_specialize=["T", "segments", "span", "least"])
 def backward_kernel(
     q, k, do, u, rows, inverse, attention, dr, states, dstates,
-    initial, starts, dfinal, dends, dinitial, cu_seqlens, chunk_offsets, T, segments, span,
+    initial, starts, dfinal, dends, dinitial, cu_seqlens, chunk_offsets, T, segments, span, least,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -372,7 +280,8 @@ def backward_kernel(
             dfinal, matrix, columns, dends, at, segment == segments - 1, K, V, BLOCK_K, BLOCK_V, FINAL, True
         )  # fmt: skip
         dstate = walk_backwards(
-            dstate, q, k, do, rows, inverse, attention, dr, dstates, begin, length, first, start, stop, n, head, column,
+            dstate, q, k, do, rows, inverse, attention, dr, dstates, begin, length, first, start, stop,
+            n, head, column, least,
             q_token, q_head, k_token, k_head, do_token, do_head,
             HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, DEPTH, DESCRIBED,
         )  # fmt: skip
