@@ -2,7 +2,7 @@
 
 One channel of a sum Σ_c Π_i x_{i,c} is a product of p factors, each trained by its own optimizer step. Where the step
 is the gradient, a factor grows as fast as its fellows are large, dx_i/dt ∝ Π_{j≠i} x_j, so that a channel whose factors
-begin at x₀ gets away (p ≥ 3) after a time ∝ x₀^-(p-2). The largest of N symmetric draws begins √(2 ln N) typical
+begin at x₀ gets away (p ≥ 3) after a time ∝ x₀^-(p-2). The largest of N normal draws begins √(2 ln N) typical
 ones high. What it takes for no channel to get away sooner in a wider model is a learning rate ∝ (ln N)^-(p-2)/2: no
 power of n, so no size of this engine's shows it. An optimizer whose step has its own size does not see it.
 """
@@ -35,7 +35,7 @@ class Channels:
 
 
 def channels(graph: Graph) -> tuple[Channels, ...]:
-    """Wherever an axis that grows is summed over, the factors that multiply along it."""
+    """Wherever channels are summed of which a wider model has more, the factors that multiply in each."""
     return tuple(_summed(graph))
 
 
@@ -68,10 +68,16 @@ def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], tuple[str, 
     if node.op == "scan":
         return atoms(shapes[node.inputs[0]]), (), node.inputs[:2]
     if node.op == "einsum":
-        one, other = node.inputs
-        if _grow(summed(shapes[one], shapes[other], node.shape)):
-            return atoms(shapes[one]), (), node.inputs
+        one, other = (atoms(shapes[name]) for name in node.inputs)
+        if over := _summed_by(graph, node):
+            beside = set(one) & set(other)
+            return tuple(dim for dim in dict.fromkeys(one + other) if dim in beside.union(over)), (), node.inputs
     return (), (), ()
+
+
+def _summed_by(graph: Graph, product: Node) -> tuple[Dim, ...]:
+    one, other = (graph.shapes[name] for name in product.inputs)
+    return summed(one, other, product.shape)
 
 
 def _grow(dims: tuple[Dim, ...]) -> frozenset[Dim]:
@@ -91,8 +97,8 @@ def _factors(graph: Graph, tensor: str, growing: frozenset[Dim]) -> tuple[str, .
     if tensor in graph.parameters:
         return _trained(graph, tensor)
     maker: Node | None = graph.makers.get(tensor)
-    if maker is None:
-        return ()
+    if maker is None or (maker.op == "einsum" and _summed_by(graph, maker)):
+        return ()  # a sum is one number for all that it sums: no channel of its own
     if maker.op in ("linear", "convolution"):
         return _trained(graph, maker.inputs[1])
     if maker.op in ("add", "residual"):

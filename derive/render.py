@@ -130,7 +130,7 @@ def latex_table(table: RuleTable) -> str:
         if rule.lr_log is None or knob not in ("lr", "weight_decay"):
             return f"${power}$"
         log = latex(rule.lr_log if knob == "lr" else -rule.lr_log, fold_short_frac=True)
-        return rf"${'' if value == 0 else power} (\ln {rule.channels.replace('*', ' ')})^{{{log}}}$"
+        return rf"${'' if value == 0 else power}(\ln \texttt{{{text(rule.channels)}}})^{{{log}}}$"
 
     def text(raw: str) -> str:
         return raw.replace("_", r"\_")

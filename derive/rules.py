@@ -15,7 +15,7 @@ from widthwise.derive.graph import Node, Parameter
 from widthwise.derive.optimizers import Law
 from widthwise.derive.solve import INIT, MULTIPLIER
 from widthwise.derive.table import Rule
-from widthwise.derive.update import Update
+from widthwise.derive.update import LR, Update
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
         carrying = carriers.get(role)
         if parameter is not None:
             rule = _of_parameter(walk, law, parameter, updates.get(role), carrying)
-            derived.append(_for_the_largest(rule, crowded[role]) if role in crowded else rule)
+            solved = (LR, role) not in walk.knobs.fixed
+            derived.append(_for_the_largest(rule, crowded[role]) if solved and role in crowded else rule)
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)

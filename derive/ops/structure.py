@@ -183,7 +183,15 @@ def _broadcast_backward(walk: Backward, node: Node, gradient: Signal) -> list[Pi
 
 
 register(
-    Op("broadcast", _broadcast_shape, _broadcast_forward, _broadcast_backward, always("passes"), aten=("aten.expand",))
+    Op(
+        "broadcast",
+        _broadcast_shape,
+        _broadcast_forward,
+        _broadcast_backward,
+        always("passes"),
+        aten=("aten.expand",),
+        entrywise=(0,),
+    )
 )
 
 

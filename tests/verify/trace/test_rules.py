@@ -5,6 +5,7 @@ import traced_descriptions
 import traced_models
 
 from widthwise.derive import architecture, derive
+from widthwise.derive.channels import slower
 from widthwise.derive.exponents import HALF
 from widthwise.derive.graph_toml import read_graph, write_graph
 from widthwise.verify.trace import trace
@@ -24,6 +25,10 @@ def same(traced, described, roles: dict[str, str], optimizers=OPTIMIZERS) -> Non
                 [getattr(table.rule(name), knob) for knob in KNOBS] for table, name in ((mine, role), (theirs, other))
             )
             assert a == b, (optimizer, role, other)
+    mine, theirs = slower(traced), slower(described)
+    assert {role: each.slower for role, each in mine.items()} == {
+        role: theirs[other].slower for role, other in roles.items() if other in theirs
+    }
 
 
 def test_mlp(traced) -> None:
