@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
     """
     rules = [(rule, graph.parameters[rule.role]) for rule in table.rules if rule.role in graph.parameters]
     axes = list({dim: None for _, parameter in rules for dim in atoms(parameter.shape)})
+    _check_channels(rules)
     return {
         "rules": [_rule(rule, parameter, _taps(graph, parameter)) for rule, parameter in rules],
         "axes": axes,
@@ -47,6 +48,18 @@ def context(graph: Graph, table: RuleTable) -> dict[str, Any]:
         "largest": any(rule.lr_log is not None for rule, _ in rules),
         "taps": any(_taps(graph, parameter) for _, parameter in rules),
     }
+
+
+def _check_channels(rules: Sequence[tuple[Rule, Parameter]]) -> None:
+    """Groups read the number of channels off a parameter's shape."""
+    groups = {str(group) for _, parameter in rules for group in parameter.shape}
+    for rule, parameter in rules:
+        if rule.channels and rule.channels not in groups:
+            raise DeriveError(
+                f"the learning rate of {rule.role} depends on the size of {rule.channels}, which no parameter has",
+                where=parameter.where,
+                cure="derive with --assume at-init, and sweep the learning rate again at several times the width",
+            )
 
 
 def _taps(graph: Graph, parameter: Parameter) -> int:

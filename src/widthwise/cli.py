@@ -53,7 +53,9 @@ def _request(command: Command) -> Command:
                 "--optimizer", default="adamw", show_default=True, help="sgd, adam, adamw, lion, muon, adafactor"
             ),
             click.option("--scaling", help="heads-fixed, head-dim-fixed or mixed (d_head ∝ n^h, symbolic)"),
-            click.option("--assume", help="assumption set: at-init (default), aligned, unaligned"),
+            click.option(
+                "--assume", help="assumption set: at-init (default), aligned, unaligned; under SGD largest-channel"
+            ),
             click.option("--preset", help="assumptions of a publication, e.g. liu-gu-2026"),
             click.option("--regime", help="practical (default) or asymptotic: below or past the crossovers"),
             click.option("--parametrization", help="fix init and multipliers: standard, ntk, mean-field, mup"),

@@ -171,6 +171,14 @@ def test_alignment_says_which_assumptions_hold_and_from_where_others_would() -> 
     assert "own step: 11 coherent" in " ".join(ran.output.split())
 
 
+@pytest.mark.parametrize("more", [[], ["--graph"], ["--alignment"]])
+def test_powers_of_a_logarithm_are_no_slopes(more: list[str]) -> None:
+    words = "coord-check gated_deltanet --optimizer sgd --assume largest-channel --no-plot"
+    ran = CliRunner().invoke(cli, [*words.split(), *more])
+    assert ran.exit_code == 2
+    assert "powers of ln N" in ran.output
+
+
 @pytest.mark.parametrize(
     ("options", "seeds", "steps"),
     [([], 10, 2), (["--thorough"], 40, 4), (["--thorough", "--seeds", "3", "--steps", "1"], 3, 1)],

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 from widthwise.derive.errors import DeriveError
-from widthwise.verify.transfer.config import Sweep, read_sweep
+from widthwise.verify.transfer.config import Sweep, Variant, read_sweep
 
 SWEEPS = Path(__file__).parents[3] / "bench" / "transfer"
 FILE = """
@@ -53,6 +53,14 @@ def test_a_key_is_what_a_run_is(sweep: Sweep) -> None:
     assert replace(runs[0], seed=1).key != runs[0].key
     assert replace(runs[0], rules="sha256:other").key != runs[0].key
     assert replace(runs[0], training=replace(runs[0].training, clip=0.5)).key != runs[0].key
+
+
+def test_what_a_derivation_says_besides_is_no_other_run(sweep: Sweep) -> None:
+    """AdamW's knobs are the same under these two sets, and what the tables say of themselves is not."""
+    other = replace(sweep, variants={"other": Variant(assume="largest-channel")})
+    here, there = (other.run(name, 32, 0.004, 0) for name in ("widthwise", "other"))
+    assert here.rules == there.rules
+    assert here.request.table().hash != there.request.table().hash
 
 
 @pytest.mark.parametrize(

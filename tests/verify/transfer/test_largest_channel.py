@@ -65,3 +65,30 @@ def test_groups_have_it_and_the_base_width_is_untouched() -> None:
                 assert largest[role]["weight_decay"] == pytest.approx(typical[role]["weight_decay"] / slower)
                 if width == 64:
                     assert largest[role]["lr"] == typical[role]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize(("packed", "fits"), [(("v_proj", "g_proj"), True), (("k_proj", "v_proj"), False)])
+def test_rows_of_one_tensor_must_agree_at_the_base_width_already(
+    packed: tuple[str, str], fits: bool, width: int
+) -> None:
+    rules = generated(Request("gated_deltanet", "sgd", assume="largest-channel"), "parametrization")
+    (cls,) = (each for name, each in vars(generated(Request("gated_deltanet"), "model")).items() if name.endswith("LM"))
+    model = cls(
+        **cls.widened(width, width=64, depth=1, vocab=17, H=6, d_k=8, d_v=16, ffn=176), device=torch.device("meta")
+    )
+    attention = model.model.layers[0].attn
+    parts = {name: getattr(attention, name).weight for name in packed}
+    attention.packed = torch.nn.Parameter(torch.cat(list(parts.values())))
+    for name in packed:
+        delattr(attention, name)
+    rows = {name: len(part) for name, part in parts.items()}
+    widths = {"width": width, "base_width": 64}
+    scaling = rules.SCALING.rename({"model.layers.0.attn.packed": rows})
+    rules.set_multipliers(model, **widths, scaling=scaling)
+    if fits:
+        groups = {each["name"]: each for each in rules.param_groups(model, lr=1.0, **widths, scaling=scaling)}
+        assert groups["v_proj+g_proj"]["lr"] == pytest.approx((math.log(96) / math.log(96 * width / 64)) ** 1.5)
+    else:
+        with pytest.raises(ValueError, match=r"need different groups \(k_proj, v_proj\)"):
+            rules.param_groups(model, lr=1.0, **widths, scaling=scaling)
