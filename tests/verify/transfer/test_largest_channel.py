@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from widthwise.codegen.parametrization import context
 from widthwise.codegen.request import Request
+from widthwise.derive import Builder, DeriveError, derive
+from widthwise.derive.laws import ONES
 from widthwise.verify.transfer.train import generated
 
 SETS = ("at-init", "largest-channel")
@@ -92,3 +95,17 @@ def test_rows_of_one_tensor_must_agree_at_the_base_width_already(
     else:
         with pytest.raises(ValueError, match=r"need different groups \(k_proj, v_proj\)"):
             rules.param_groups(model, lr=1.0, **widths, scaling=scaling)
+
+
+def test_channels_whose_number_no_parameter_tells_are_refused_when_code_is_made() -> None:
+    g = Builder("untold")
+    a, b, c, d = g.dim("a"), g.dim("b"), g.dim("c", 1), g.dim("d")
+    x = g.linear(g.input("x", g.dim("features")), "first", g.dim("n", 1))
+    one = g.product(g.reshape(g.linear(x, "one", a * b * c), a, b, c), g.parameter("gain", c, law=ONES), a, b, c)
+    other = g.reshape(g.linear(x, "other", b * c * d), b, c, d)
+    y = g.reshape(g.contract(one, other, a, b, d), a * b * d)
+    g.cross_entropy(g.readout(y, "head", g.dim("classes")))
+    graph = g.build()
+    assert context(graph, derive(graph, "sgd"))["rules"]
+    with pytest.raises(DeriveError, match=r"depends on the size of b\*c, which no parameter has"):
+        context(graph, derive(graph, "sgd", "largest-channel"))
