@@ -32,6 +32,10 @@ def proof_lines(table: RuleTable, role: str) -> list[str]:
             for knob in ("init_std", "multiplier", "lr", "weight_decay", "eps", "norm_eps")
             if (value := getattr(rule, knob)) is not None
         )
-        + ("." if rule.lr_log is None else f", lr (ln {rule.channels})^{show(rule.lr_log)} besides.")
+        + (
+            "."
+            if rule.lr_log is None
+            else f"; lr (ln {rule.channels})^{show(rule.lr_log)} besides, weight_decay its inverse."
+        )
     )
     return lines

@@ -20,6 +20,10 @@ LIMIT, LONGEST_LINE = 400_000, 20_000  # characters; real tables are a tenth of 
 
 _AGAIN = "write it again with widthwise derive --format toml"
 _HEADER = "# Width-scaling rules. Every knob is an exponent: multiply the base value by (n / n_base)^knob.\n"
+_LOGS = (
+    "# Where a rule has an lr_log, lr is multiplied by (ln N / ln N_base)^lr_log besides, and weight_decay divided by it;\n"
+    "# N is the size of channels.\n"
+)
 
 
 def write_toml(table: RuleTable, command: str = "") -> str:
@@ -33,7 +37,8 @@ def write_toml(table: RuleTable, command: str = "") -> str:
     ordered = {"hash": content.pop("hash")} | content
     for key in ("rules", "tensors", "findings"):
         ordered[key] = [plain(entry) for entry in ordered[key]]
-    return _HEADER + (f"# {command}\n" if command else "") + tomli_w.dumps(ordered, multiline_strings=False)
+    logs = _LOGS if any(rule.lr_log is not None for rule in table.rules) else ""
+    return _HEADER + logs + (f"# {command}\n" if command else "") + tomli_w.dumps(ordered, multiline_strings=False)
 
 
 def read_toml(text: str, name: str = "the file") -> RuleTable:

@@ -143,6 +143,8 @@ def test_files_keep_it_and_the_widths_alone_do_not_tell_the_factor() -> None:
     table = derive(architecture("gated_deltanet"), "sgd", "largest-channel")
     read = read_toml(write_toml(table))
     assert read == table
+    assert "(ln N / ln N_base)^lr_log" in write_toml(table)
+    assert "ln N" not in write_toml(derive(architecture("mlp"), "sgd", "largest-channel")).split("architecture")[0]
     assert read.rule("o_proj").channels == "H*d_v"
     with pytest.raises(DeriveError, match=r"number of channels, H\*d_v"):
         table.rule("o_proj").factors(256, 128)
