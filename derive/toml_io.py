@@ -21,7 +21,7 @@ LIMIT, LONGEST_LINE = 400_000, 20_000  # characters; real tables are a tenth of 
 _AGAIN = "write it again with widthwise derive --format toml"
 _HEADER = "# Width-scaling rules. Every knob is an exponent: multiply the base value by (n / n_base)^knob.\n"
 _LOGS = (
-    "# Where a rule has an lr_log, lr is multiplied by (ln N / ln N_base)^lr_log besides, and weight_decay divided by it;\n"
+    "# Where a rule has an lr_log, multiply lr by (ln N / ln N_base)^lr_log besides, and divide weight_decay by it;\n"
     "# N is the size of channels.\n"
 )
 
