@@ -87,13 +87,17 @@ def walk_forwards(
             wanted = tl.where(written_to, wanted, 0.0)
         wanted -= read_row[None, :] * applied(operands, k_tiles)
         known = wanted.to(v_tile.dtype)
-        u_turned = tl.dot(known, tl.trans(solve))
+        if OUTPUT and v_tile.dtype == tl.bfloat16:
+            # Where keys repeat, the inverse cancels most of this: what bf16 rounds away is wanted as well.
+            u_turned = tl.dot((wanted - widened(known)).to(v_tile.dtype), tl.trans(solve))
+            u_turned = tl.dot(known, tl.trans(solve), u_turned)
+        else:
+            u_turned = tl.dot(known, tl.trans(solve))
+        # Rounded before it is written, so that what is kept gives the same states to the bit. What rounding adds to a
+        # state here is wanted less in the next chunk; where u is known, nothing would take it out again.
+        u_turned = u_turned.to(v_tile.dtype)
         if KEEP:
-            kept = u_turned
-            if v_tile.dtype == tl.bfloat16:
-                # Where keys repeat, the inverse cancels most of this: the gradients need what bf16 rounds away.
-                kept = tl.dot((wanted - widened(known)).to(v_tile.dtype), tl.trans(solve), u_turned)
-            put(u, n, step, head, column, token, left, kept.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
+            put(u, n, step, head, column, token, left, u_turned, HEADS, V, BLOCK_V, DESCRIBED)
         if OUTPUT:
             q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
             mix = fetch_square(attention, at, DESCRIBED)
@@ -101,9 +105,9 @@ def walk_forwards(
             if v_tile.dtype == tl.float16:
                 out_row *= tl.exp(tl.load(rows + at * ROWS * CHUNK + ROW_G * CHUNK))
             out = applied(operands, q_tiles) * out_row[None, :]
-            out = tl.dot(u_turned.to(v_tile.dtype), tl.trans(mix), out)
+            out = tl.dot(u_turned, tl.trans(mix), out)
             put(o, n, step, head, column, token, left, out.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
-        written = (write_row[None, :] * u_turned).to(v_tile.dtype)
+        written = (write_row[None, :] * widened(u_turned)).to(v_tile.dtype)
         state = added(state, tl.exp(last), written, k_tiles)
         # The next chunk's last, by hand: a stage of it would take four bytes of shared memory too many.
         last = tl.load(ends + (at + HEADS) * ROWS * CHUNK, mask=step + 1 < stop, other=0.0)

@@ -149,5 +149,7 @@ def added(state, decay, turned, tiles):
 
 @triton.jit
 def widened(x):
-    """bf16 as fp32, by moving its bits: the conversion runs at a quarter of the rate."""
-    return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    """As fp32; bf16 by moving its bits, since the conversion runs at a quarter of the rate."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)

@@ -227,6 +227,14 @@ def test_odd_widths(key_dim, value_dim, packed, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("g", [-1e-3, -1e-4])
+def test_slow_gates(g, dtype):
+    """Long sequences of small states, each walked in one go: what rounding adds to a state stays for long."""
+    assert worst(draw(16, 2048, 4, 1, 32, 32, dtype, g=g), reference=fast_oracle) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 192), (128, 256), (136, 136), (192, 384), (256, 192)])
 def test_values_in_several_blocks(key_dim, value_dim, packed, dtype):
