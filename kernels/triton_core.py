@@ -89,17 +89,17 @@ def _join(moved: Tensor, maps: Tensor, sequences: int, joints: int, heads: int, 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool,
-    *, short_keys: bool | None = None, key_scale: Tensor | None = None, keep: bool = True,
+    *, short_keys: bool | None = None, key_scale: Tensor | None = None, keep: bool = True, wide: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """o [B, T, HV, V] in q's dtype, final state [N, HV, K, V] fp32, and what ``backward`` needs of it.
 
     ``short_keys``: keys are no longer than 1, as normalized ones are. ``key_scale`` (one number, on the device):
-    what k is to be multiplied by.
+    what k is to be multiplied by. ``wide``: o in fp32.
     """
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     batch, chip = launch.lay_out(q, cu_seqlens), launch.chip_of(q)
     rows, inverse, attention, u, starts, maps = saved = saved_like(q, v, cu_seqlens, q.dtype, keep)
-    o = q.new_empty(v.shape)
+    o = q.new_empty(v.shape, dtype=torch.float32 if wide else q.dtype)
     final = q.new_empty(batch.sequences, value_heads, key_dim, value_dim, dtype=torch.float32)
     initial = None if initial_state is None else initial_state.contiguous()
     q, k, v, g, beta = (by_token(x) for x in (q, k, v, g, beta))
@@ -115,7 +115,8 @@ def forward(
         )  # fmt: skip
         blocks = launch.sweep_blocks(key_dim, value_dim, chip)
         described = launch.describable(q, cu_seqlens)
-        tiles = _tiles(batch, described, blocks, (q, k), (v,), (inverse, attention), (o, u if keep else o), ())
+        tiles = _tiles(batch, described, blocks, (q, k), (v,), (inverse, attention), (u,) if keep else (), ())
+        out = _tiles(batch, described and not wide, blocks, (), (), (), (o,), ())
         segments, span = launch.segments_of(batch, value_heads, key_dim, value_dim, chip)
         walk = {
             **_strides(q=q, k=k, v=v), **sizes, "V": value_dim, "INITIAL": initial is not None,
@@ -129,8 +130,8 @@ def forward(
             )
             _join(starts, maps, batch.sequences, segments - 1, value_heads, backwards=False)
         forward_kernel[(batch.sequences * segments * value_heads * columns,)](
-            *tiles[:3], rows, *tiles[3:], initial, starts if segments > 1 else rows, final, *batch.tables[:2],
-            batch.length, segments, span, **walk, **varlen, KEEP=keep,
+            *tiles[:3], rows, *tiles[3:5], *out, tiles[5] if keep else rows, initial, starts if segments > 1 else rows,
+            final, *batch.tables[:2], batch.length, segments, span, **walk, **varlen, WIDE=wide, KEEP=keep,
         )  # fmt: skip
     return o, final, saved
 
@@ -138,11 +139,12 @@ def forward(
 def backward(
     do: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, normalize_qk: bool, saved: tuple[Tensor, ...],
-    *, parts: bool = False, least: float = 1.0,
+    *, parts: torch.dtype | None = None, least: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dg, dbeta, dinitial_state), each in the shape and dtype of its input.
 
-    With ``parts``, dq and dk are [B * T, HV, K], a value head each, for ``finish``. ``least`` as in ``walk_backwards``.
+    With ``parts``, dq and dk are [B * T, HV, K], a value head each, for ``finish``, and dq of that type. ``least`` as
+    in ``walk_backwards``.
     """
     (_, _, heads, key_dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     group = value_heads // heads
@@ -178,11 +180,17 @@ def backward(
             STATES_DEPTH=launch.states_depth(chip), INITIAL=initial is not None, FINAL=dfinal is not None,
             **blocks, DESCRIBED=described,
         )  # fmt: skip
-        whole = group == 1 and not parts
-        dq_parts, dk_parts = (dq, dk) if whole else (q.new_empty(batch.tokens, value_heads, key_dim) for _ in range(2))
-        # F and E fit where dq and dk will be, for most widths.
+        whole = group == 1 and parts is None
+        in_parts = (batch.tokens, value_heads, key_dim)
+        dq_parts = dq if whole else q.new_empty(in_parts, dtype=parts or q.dtype)
+        dk_parts = dk if whole else q.new_empty(in_parts)
+        # F and E fit where dq and dk will be, for most widths and types.
         width = key_dim if key_dim >= CHUNK else CHUNK
-        pairs = (dq_parts, dk_parts) if width == key_dim else q.new_empty(2, batch.tokens, value_heads, width)
+        pairs = (
+            (dq_parts, dk_parts)
+            if width == key_dim and dq_parts.dtype == q.dtype
+            else q.new_empty(2, batch.tokens, value_heads, width)
+        )
         gradients = {
             **strides, **sizes, **varlen, "PAIRS_WIDTH": width, "NORMALIZE": normalize_qk, "FINISH": whole,
         }  # fmt: skip
@@ -198,7 +206,7 @@ def backward(
                 q, k, v, do, u, dv, states, dstates, rows, attention, *pairs, dq_parts, dk_parts, dg, dbeta,
                 *batch.tables, batch.length, scale, **gradients, **launch.gradient_blocks(key_dim, value_dim, chip),
             )  # fmt: skip
-    if parts:
+    if parts is not None:
         dq, dk = dq_parts, dk_parts
     elif not whole:
         dq, dk = (finish(x, y, like, group, normalize_qk) for x, y, like in ((q, dq_parts, dq), (k, dk_parts, dk)))

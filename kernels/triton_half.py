@@ -5,7 +5,8 @@ results are nearer to exact ones by a factor of three. What it lacks is range. N
 rest the rule is linear in v and the initial state, in q, and in what flows back, so each of these is divided by a power
 of two that brings its largest magnitude to between 2 and 4, which loses nothing, and the results are multiplied again.
 A number 2^-16 of the largest of its tensor keeps 10 bits; below, it is rounded to 2^-26 of the largest. Above, there
-is room for states 10^4 times as large as any input; one beyond makes the outputs infinite, never wrong.
+is room for states 10^4 times as large as any input; one beyond makes the outputs infinite, never wrong. o and dq, which
+may be nothing but a state that has decayed, are fp32 as they leave the kernels.
 
 What flows back from the outputs and from the final state may differ by any factor, and is sent back one after the
 other, each with its scale, and from chunk to chunk in units of what the gates have left of it (``walk_backwards``).
@@ -84,7 +85,7 @@ def forward(
     x = halve(q, k, v, initial_state, normalize_qk)
     o, final, saved = triton_core.forward(
         x.q, x.k, x.v, g.float(), beta.float(), scale, x.initial, cu_seqlens, False,
-        short_keys=normalize_qk, key_scale=x.k_scale, keep=keep,
+        short_keys=normalize_qk, key_scale=x.k_scale, keep=keep, wide=q.dtype == torch.float32,
     )  # fmt: skip
     return times(o, x.q_scale, x.v_scale, dtype=q.dtype), times(final, x.v_scale, dtype=torch.float32), saved
 
@@ -102,7 +103,7 @@ def backward(
         """The gradients of what flows back; the loss is ``whole`` times the one that the kernels see."""
         dq_parts, dk_parts, dv, dg, dbeta, dinitial = triton_core.backward(
             do, dfinal, x.q, x.k, x.v, g.float(), beta.float(), scale, x.initial, cu_seqlens, False, saved,
-            parts=True, least=least,
+            parts=q.dtype, least=least,
         )  # fmt: skip
         group = v.shape[2] // q.shape[2]
         dq, dk = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k))

@@ -50,7 +50,7 @@ def transfer_kernel(
         state, q, k, v, rows, inverse, attention, v, v, begin, length, first,
         segment * span, (segment + 1) * span, n, head, tl.where(of_values, column, 0), of_values,
         q_token, q_head, k_token, k_head, v_token, v_head,
-        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, False, DEPTH, DESCRIBED,
+        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, False, False, False, DEPTH, DESCRIBED,
     )  # fmt: skip
     if of_values:
         store_states(moved, at, column, state, K, V, BLOCK_K, BLOCK_V)

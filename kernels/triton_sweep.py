@@ -57,13 +57,13 @@ def walk_forwards(
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, OUTPUT: tl.constexpr, WIDE: tl.constexpr, KEEP: tl.constexpr,
     DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """From ``state`` before chunk ``start`` of a sequence to the one returned, before chunk ``stop``.
 
-    With OUTPUT: o. With KEEP: u, for the backward pass. With neither, ``written_to`` says whether v is written to the
-    state, or nothing.
+    With OUTPUT: o, with WIDE in fp32 and always by a pointer. With KEEP: u, for the backward pass. With neither OUTPUT
+    nor KEEP, ``written_to`` says whether v is written to the state, or nothing.
     """
     i = tl.arange(0, CHUNK)
     ends = rows + ROW_G * CHUNK + CHUNK - 1
@@ -106,7 +106,10 @@ def walk_forwards(
                 out_row *= tl.exp(tl.load(rows + at * ROWS * CHUNK + ROW_G * CHUNK))
             out = applied(operands, q_tiles) * out_row[None, :]
             out = tl.dot(u_turned, tl.trans(mix), out)
-            put(o, n, step, head, column, token, left, out.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
+            if WIDE:
+                put(o, n, step, head, column, token, left, out, HEADS, V, BLOCK_V, False)
+            else:
+                put(o, n, step, head, column, token, left, out.to(v_tile.dtype), HEADS, V, BLOCK_V, DESCRIBED)
         written = (write_row[None, :] * widened(u_turned)).to(v_tile.dtype)
         state = added(state, tl.exp(last), written, k_tiles)
         # The next chunk's last, by hand: a stage of it would take four bytes of shared memory too many.
@@ -225,8 +228,8 @@ def forward_kernel(
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
-    DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, INITIAL: tl.constexpr, WIDE: tl.constexpr,
+    KEEP: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """o [B, T, HV, V] and final [N, HV, K, V]; one program a sequence, segment of it, value head and block of V.
 
@@ -248,7 +251,7 @@ def forward_kernel(
         state, q, k, v, rows, inverse, attention, o, u, begin, length, first, start, stop,
         n, head, column, True,
         q_token, q_head, k_token, k_head, v_token, v_head,
-        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, KEEP, DEPTH, DESCRIBED,
+        HEADS, GROUP, K, V, BLOCK_K, BLOCK_V, True, WIDE, KEEP, DEPTH, DESCRIBED,
     )  # fmt: skip
     if segment == segments - 1:
         store_states(final, matrix, column, state, K, V, BLOCK_K, BLOCK_V)

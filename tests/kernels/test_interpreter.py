@@ -64,11 +64,11 @@ def main() -> None:
             print("segments", shape, error)
     triton_launch.SHORTEST = shortest
     # fp32 as fp16 with exact scales, as on a GPU: at any magnitude, behind any decay, whatever flows back the more.
-    halved = [(70, magnitude, normalize, None) for magnitude, normalize in ((1.0, True), (1e8, True), (1e3, False))]
-    halved += [(length, 1.0, True, g) for length, g in ((1, -50.0), (15, -50.0), (70, -50.0), (70, -1e4))]
-    halved += [(200, 1e-12, False, None)]
-    for length, magnitude, normalize, g in halved:
-        (q, k, v, g, beta), initial, (do, dfinal), _ = draw(1, length, 1, 2, 16, 32, fp32, g=g, device="cpu")
+    halved = [(70, size, normalize, {}) for size, normalize in ((1.0, True), (1e8, True), (1e3, False))]
+    halved += [(length, 1.0, True, {"g": g}) for length, g in ((1, -50.0), (15, -50.0), (70, -50.0), (70, -1e4))]
+    halved += [(200, 1e-12, False, {}), (70, 1.0, True, {"g": -50.0, "beta": 0.0})]
+    for length, magnitude, normalize, fixed in halved:
+        (q, k, v, g, beta), initial, (do, dfinal), _ = draw(1, length, 1, 2, 16, 32, fp32, **fixed, device="cpu")
         if not normalize:
             q, k = q * magnitude, torch.nn.functional.normalize(k, dim=-1)
         case = ((q, k, v * magnitude, g, beta), initial * magnitude, (do * 1e-6, dfinal * 1e-6), None)
@@ -76,7 +76,7 @@ def main() -> None:
         o, final, saved = triton_half.forward(*case[0], *rest)
         found = errors((o, final, *triton_half.backward(*case[2], *case[0], *rest, saved)), oracle(*case, normalize))
         if max(found.values()) > 3e-3:
-            print("fp32 by fp16", length, magnitude, normalize, found)
+            print("fp32 by fp16", length, magnitude, normalize, fixed, found)
     # A trace whose length is open: nothing may be decided by it, how a sequence is cut up neither.
     names = ("q", "k", "v", "g", "beta")
     tokens = dict(zip(names, draw(2, 70, 1, 1, 16, 16, fp32, device="cpu")[0], strict=True))

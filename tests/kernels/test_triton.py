@@ -60,12 +60,14 @@ def fast_oracle(inputs, initial, grads, cu_seqlens, normalize=True):
 
 
 def errors(found: tuple[Tensor | None, ...], wanted: tuple[Tensor | None, ...]) -> dict[str, float]:
-    """Relative L2 error of each result, however small it is; what is to be zero must be. NaN counts as infinite."""
+    """Relative L2 error of each result, however small it is; what is to be zero, or is in its type, must be zero. NaN
+    counts as infinite."""
     out = {}
     for name, a, b in zip(NAMES, found, wanted, strict=True):
         if a is None and b is None:
             continue
-        error, norm = (a.double() - b.double()).norm(), b.double().norm()
+        b = b.double() if b.to(a.dtype).any() else torch.zeros_like(a, dtype=torch.float64)
+        error, norm = (a.double() - b).norm(), b.norm()
         error = error / norm if norm > 0 else torch.where(error > 0, torch.inf, 0.0)
         out[name] = float(error) if torch.isfinite(error) else float("inf")
     return out
