@@ -137,7 +137,7 @@ def gated_delta_rule(
     CPU inputs are computed with in fp32 (fp64 for fp64) whatever their dtype. On CUDA, fp32 inputs are multiplied as
     fp16 with exact scales, and summed in fp32 (:mod:`widthwise.kernels.triton_half` says within what range). Under
     autocast, q, k and v are cast to its dtype, while g, beta and the state keep theirs. The same inputs give the same
-    bits.
+    bits; on CUDA, o where a gradient is wanted may differ from o where none is, within the type's rounding.
     """
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)

@@ -196,9 +196,9 @@ def backward(
         }  # fmt: skip
         if launch.is_wide(key_dim, value_dim, chip):
             blocks = launch.wide_gradient_blocks(key_dim, chip)
-            tiles = _tiles(batch, described, blocks, (), (do, u), (), (dv,), (states, dstates))
+            tiles = _tiles(batch, described, blocks, (), (do, u, v), (), (dv,), (states, dstates))
             wide_gradients_kernel[(batch.chunks * value_heads,)](
-                q, k, v, *tiles, rows, attention, *pairs, dv, dq_parts, dk_parts, dg, dbeta,
+                q, k, *tiles, rows, attention, *pairs, dq_parts, dk_parts, dg, dbeta,
                 *batch.tables, batch.length, scale, **gradients, **blocks, DESCRIBED=described,
             )  # fmt: skip
         else:

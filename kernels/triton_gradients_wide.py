@@ -20,7 +20,7 @@ from widthwise.kernels.triton_prepare import (
     load_tile,
     locate_chunk,
 )
-from widthwise.kernels.triton_tiles import fetch, store_tile
+from widthwise.kernels.triton_tiles import fetch, put, store_tile
 
 
 @triton.jit
@@ -84,25 +84,6 @@ def trace(tiles, SIZE: tl.constexpr):
 
 
 @triton.jit
-def times_rows(tiles, row):
-    """Every block with its rows times ``row``."""
-    out = ()
-    for block in tl.static_range(len(tiles)):
-        out += (tiles[block] * row[:, None],)  # type: ignore[assignment]
-    return out
-
-
-@triton.jit
-def row_products(x, stride, left, tiles, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Inner products of the rows at x and those of the blocks ``tiles``."""
-    i_k = tl.arange(0, BLOCK_K)
-    total = load_tile(x, stride, left, i_k, K, BLOCK_K) * tiles[0]
-    for block in tl.static_range(1, len(tiles)):
-        total += load_tile(x, stride, left, block * BLOCK_K + i_k, K, BLOCK_K) * tiles[block]
-    return tl.sum(total, 1)
-
-
-@triton.jit
 def over_values(
     do, dr, u, states, dstates, n, step, head, token, left, at, do_token: tl.constexpr, do_head: tl.constexpr,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -138,7 +119,7 @@ def over_values(
 
 @triton.jit(do_not_specialize=["T", "scale"])
 def wide_gradients_kernel(
-    q, k, v, do, u, dr, states, dstates, rows, attention, f_pairs, e_pairs, dv, dq, dk, dg, dbeta,
+    q, k, do, u, v, dr, states, dstates, rows, attention, f_pairs, e_pairs, dq, dk, dg, dbeta,
     cu_seqlens, chunk_offsets, chunk_sequence, T, scale,
     q_token: tl.constexpr, q_head: tl.constexpr, k_token: tl.constexpr, k_head: tl.constexpr,
     v_token: tl.constexpr, v_head: tl.constexpr,
@@ -147,7 +128,7 @@ def wide_gradients_kernel(
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, VARLEN: tl.constexpr, NORMALIZE: tl.constexpr, FINISH: tl.constexpr,
     ONE_PASS: tl.constexpr, PAIRS_DEPTH: tl.constexpr, DEPTH: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """As ``gradients_kernel``; dr is the memory of dv, as a descriptor with DESCRIBED."""
+    """As ``gradients_kernel``; dr is the memory of dv."""
     K_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     program = tl.program_id(0)
     head, chunk = program % HEADS, (program // HEADS).to(tl.int64)
@@ -157,8 +138,6 @@ def wide_gradients_kernel(
     at = chunk * HEADS + head
     q += token * q_token + (head // GROUP) * q_head
     k += token * k_token + (head // GROUP) * k_head
-    v += token * v_token + head * v_head
-    dv += (token * HEADS + head) * V
     dq += (token * HEADS + head) * K
     dk += (token * HEADS + head) * K
     f_pairs += (token * HEADS + head) * PAIRS_WIDTH
@@ -192,45 +171,58 @@ def wide_gradients_kernel(
             HEADS, K, V, BLOCK_K, BLOCK_V, False, True, DEPTH, DESCRIBED,
         )  # fmt: skip
 
-    # The barriers keep loads from being moved up to where registers are scarce.
+    # The barriers keep loads from being moved up to where registers are scarce: a block of K is finished but for the
+    # part along the row, and its y is gone, before the next one's q and k come.
     tl.debug_barrier()
-    dq_tiles = times_rows(dq_tiles, tl.exp(gates) * q_unit * scale)
-    dk_tiles = times_rows(dk_tiles, -tl.exp(gates) * k_unit)
-    y_tiles = times_rows(y_tiles, tl.load(rows + ROW_WRITE * CHUNK))
-    q_share = row_products(q, q_token, left, dq_tiles, K, BLOCK_K)
-    tl.debug_barrier()
-    k_share = row_products(k, k_token, left, dk_tiles, K, BLOCK_K)
-    tl.debug_barrier()
-    wrote = row_products(k, k_token, left, y_tiles, K, BLOCK_K)
+    f_tile = load_tile(f_pairs, HEADS * PAIRS_WIDTH, left, i, CHUNK, CHUNK)
+    e_tile = load_tile(e_pairs, HEADS * PAIRS_WIDTH, left, i, CHUNK, CHUNK)
+    reads = tl.exp(gates)
+    writes = tl.load(rows + ROW_WRITE * CHUNK)
+    q_share = tl.zeros([CHUNK], tl.float32)
+    k_share = tl.zeros([CHUNK], tl.float32)
+    wrote = tl.zeros([CHUNK], tl.float32)
+    dq_done, dk_done = (), ()
+    for block in tl.static_range(K_BLOCKS):
+        i_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
+        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
+        dq_tile = dq_tiles[block] * (reads * q_unit * scale)[:, None]
+        dk_tile = dk_tiles[block] * (-reads * k_unit)[:, None]
+        y_tile = y_tiles[block] * writes[:, None]
+        q_share += tl.sum(q_tile * dq_tile, 1)
+        k_share += tl.sum(k_tile * dk_tile, 1)
+        wrote += tl.sum(k_tile * y_tile, 1)
+        dq_done += (less_product(dq_tile, f_tile, k_tile),)
+        dk_tile = dk_tile * beta_row[:, None] + y_tile
+        dk_tile = less_product(dk_tile, e_tile, k_tile)
+        dk_tile = less_product(dk_tile, tl.trans(e_tile), k_tile)
+        dk_done += (less_product(dk_tile, tl.trans(f_tile), q_tile),)
     q_dq += q_share
     dbeta_row += k_share
     k_share *= beta_row
     k_dk += k_share + wrote
     dgates += q_share + k_share
-    f_tile = load_tile(f_pairs, HEADS * PAIRS_WIDTH, left, i, CHUNK, CHUNK)
-    e_tile = load_tile(e_pairs, HEADS * PAIRS_WIDTH, left, i, CHUNK, CHUNK)
     tl.debug_barrier()
     for block in tl.static_range(K_BLOCKS):
         i_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
-        k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
-        dq_tile = less_product(dq_tiles[block], f_tile, k_tile)
+        dq_tile, dk_tile = dq_done[block], dk_done[block]
         if FINISH and NORMALIZE:
+            q_tile = load_tile(q, q_token, left, i_k, K, BLOCK_K)
+            k_tile = load_tile(k, k_token, left, i_k, K, BLOCK_K)
             dq_tile -= q_tile * (q_dq * q_unit * q_unit)[:, None]
-        store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
-        dk_tile = dk_tiles[block] * beta_row[:, None] + y_tiles[block]
-        dk_tile = less_product(dk_tile, e_tile, k_tile)
-        dk_tile = less_product(dk_tile, tl.trans(e_tile), k_tile)
-        dk_tile = less_product(dk_tile, tl.trans(f_tile), q_tile)
-        if FINISH and NORMALIZE:
             dk_tile -= k_tile * (k_dk * k_unit * k_unit)[:, None]
+        store_tile(dq, HEADS * K, left, i_k, dq_tile, K)
         store_tile(dk, HEADS * K, left, i_k, dk_tile, K)
 
-    for block in tl.range((V + 2 * BLOCK_V - 1) // (2 * BLOCK_V), num_stages=1):
-        columns = block * 2 * BLOCK_V + tl.arange(0, 2 * BLOCK_V)
-        dr_tile = load_tile(dv, HEADS * V, left, columns, V, 2 * BLOCK_V).to(tl.float32)
-        dbeta_row += tl.sum(dr_tile * load_tile(v, v_token, left, columns, V, 2 * BLOCK_V), 1)
-        store_tile(dv, HEADS * V, left, columns, dr_tile * beta_row[:, None], V)
+    total = tl.zeros([CHUNK, BLOCK_V], tl.float32)
+    for block in tl.range((V + BLOCK_V - 1) // BLOCK_V, num_stages=PAIRS_DEPTH):
+        column = block * BLOCK_V
+        v_tile = fetch(v, n, step, head, column, token, left, v_token, v_head, V, BLOCK_V, DESCRIBED)
+        dr_tile = fetch(dr, n, step, head, column, token, left, HEADS * V, V, V, BLOCK_V, DESCRIBED).to(tl.float32)
+        total += dr_tile * v_tile
+        dv_tile = (dr_tile * beta_row[:, None]).to(v_tile.dtype)
+        put(dr, n, step, head, column, token, left, tl.trans(dv_tile), HEADS, V, BLOCK_V, DESCRIBED)
+    dbeta_row += tl.sum(total, 1)
 
     places = token * HEADS + head + i * HEADS
     tl.store(dbeta + places, dbeta_row.to(dbeta.dtype.element_ty), mask=i < left)

@@ -87,16 +87,16 @@ def walk_forwards(
             wanted = tl.where(written_to, wanted, 0.0)
         wanted -= read_row[None, :] * applied(operands, k_tiles)
         known = wanted.to(v_tile.dtype)
-        if OUTPUT and v_tile.dtype == tl.bfloat16:
-            # Where keys repeat, the inverse cancels most of this: what bf16 rounds away is wanted as well.
+        if KEEP and v_tile.dtype == tl.bfloat16:
+            # Where keys repeat, the inverse cancels most of this: gradients want what bf16 rounds away as well.
             u_turned = tl.dot((wanted - widened(known)).to(v_tile.dtype), tl.trans(solve))
             u_turned = tl.dot(known, tl.trans(solve), u_turned)
         else:
             u_turned = tl.dot(known, tl.trans(solve))
-        # Rounded before it is written, so that what is kept gives the same states to the bit. What rounding adds to a
-        # state here is wanted less in the next chunk; where u is known, nothing would take it out again.
-        u_turned = u_turned.to(v_tile.dtype)
         if KEEP:
+            # Rounded before it is written, so that what is kept gives the same states to the bit. What rounding adds to
+            # a state here is wanted less in the next chunk; where u is known, nothing would take it out again.
+            u_turned = u_turned.to(v_tile.dtype)
             put(u, n, step, head, column, token, left, u_turned, HEADS, V, BLOCK_V, DESCRIBED)
         if OUTPUT:
             q_tiles = fetch_blocks(q, n, step, head // GROUP, token, left, q_token, q_head, K, BLOCK_K, DESCRIBED)
@@ -105,7 +105,7 @@ def walk_forwards(
             if v_tile.dtype == tl.float16:
                 out_row *= tl.exp(tl.load(rows + at * ROWS * CHUNK + ROW_G * CHUNK))
             out = applied(operands, q_tiles) * out_row[None, :]
-            out = tl.dot(u_turned, tl.trans(mix), out)
+            out = tl.dot(u_turned.to(v_tile.dtype), tl.trans(mix), out)
             if WIDE:
                 put(o, n, step, head, column, token, left, out, HEADS, V, BLOCK_V, False)
             else:

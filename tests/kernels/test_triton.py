@@ -78,13 +78,29 @@ def worst(case, normalize=True, reference=oracle) -> float:
     return max(errors(found, reference(*case, normalize)).values())
 
 
+def forward_alone(case, normalize=True):
+    """Outputs where no gradient is wanted: nothing is kept, and in bf16 u has one part."""
+    inputs, initial, _, cu_seqlens = case
+    return triton_scan.forward(*inputs, inputs[0].shape[-1] ** -0.5, initial, cu_seqlens, normalize, keep=False)
+
+
 def unkept_is_the_same(case) -> bool:
-    """Whether outputs and gradients have the same bits when nothing is kept for the backward pass."""
+    """Whether gradients have the same bits when nothing was kept for the backward pass."""
     inputs, initial, grads, cu_seqlens = case
     rest = (inputs[0].shape[-1] ** -0.5, initial, cu_seqlens, True)
-    o, final, saved = triton_scan.forward(*inputs, *rest, keep=False)
-    found = (o, final, *triton_scan.backward(*grads, *inputs, *rest, saved))
-    return all(torch.equal(a, b) for a, b in zip(found, ours(*case), strict=True))
+    found = triton_scan.backward(*grads, *inputs, *rest, forward_alone(case)[2])
+    return all(torch.equal(a, b) for a, b in zip(found, ours(*case)[2:], strict=True))
+
+
+def repeated_keys(batch, seed):
+    """A hundred times the same key, and rows of zeros."""
+    case = draw(batch, 200, 1, 1, 128, 128, torch.bfloat16, seed=seed)
+    k = torch.nn.functional.normalize(case[0][1].float(), dim=-1)
+    k[:, 50:150] = k[:, 50:51]
+    k[:, 20] = 0.0
+    case[0][1].copy_(k)
+    case[0][0][:, 30] = 0.0
+    return case
 
 
 @pytest.mark.parametrize("length", [1, 32, 40])
@@ -182,13 +198,7 @@ def test_sequences(key_dim, value_dim, dtype):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("batch", "seed"), [*((1, seed) for seed in range(10)), (few_made_many(1, 200, 1), 0)])
 def test_repeated_keys_and_zero_rows(batch, seed, normalize):
-    case = draw(batch, 200, 1, 1, 128, 128, torch.bfloat16, seed=seed)
-    k = torch.nn.functional.normalize(case[0][1].float(), dim=-1)
-    k[:, 50:150] = k[:, 50:51]
-    k[:, 20] = 0.0
-    case[0][1].copy_(k)
-    case[0][0][:, 30] = 0.0
-    assert worst(case, normalize, fast_oracle) < TOLERANCE[torch.bfloat16]
+    assert worst(repeated_keys(batch, seed), normalize, fast_oracle) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -249,8 +259,27 @@ def test_values_in_several_blocks(key_dim, value_dim, packed, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_keeping_changes_nothing(dtype):
+def test_keeping_changes_no_gradient(dtype):
     assert unkept_is_the_same(draw(2, 150, 2, 2, 128, 128, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("key_dim", "value_dim"), PUBLISHED)
+@pytest.mark.parametrize("length", [1, 64, 200, 2048])
+@pytest.mark.parametrize("g", [None, -1e-4, -50.0])
+def test_no_gradient_wanted(g, length, key_dim, value_dim, dtype):
+    case = draw(2, length, 2, 2, key_dim, value_dim, dtype, g=g)
+    found = errors((*forward_alone(case)[:2], *[None] * 6), (*fast_oracle(*case)[:2], *[None] * 6))
+    assert max(found.values()) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(5))
+def test_no_gradient_of_repeated_keys_wanted(seed):
+    case = repeated_keys(1, seed)
+    found = errors((*forward_alone(case)[:2], *[None] * 6), (*fast_oracle(*case)[:2], *[None] * 6))
+    assert max(found.values()) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
