@@ -1,0 +1,72 @@
+"""How sure a shift of the optimum is that rests on one seed: the losses of a sweep, drawn anew with noise.
+
+    python bench/transfer/vertex_noise.py docs/results/transfer/head-dim-fixed-sgd.jsonl
+
+First what two seeds of one rule differ by (once their mean difference is taken off, over √2), then each width's vertex
+and its shift from the base width, ± the standard deviation over draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from widthwise.verify.transfer.metrics import Curve
+
+DRAWS = 300
+
+
+def curves(path: Path) -> dict[tuple[str, int], Curve]:
+    rows: dict[tuple[str, int], dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        rows[run["parametrization"], run["width"]][run["seed"]][run["lr"]] = run["loss"] or math.inf
+    return {
+        key: Curve(*key, tuple(sorted({lr for row in seeds.values() for lr in row})), seeds)
+        for key, seeds in rows.items()
+    }
+
+
+def spread(curve: Curve, noise: float) -> float:
+    """The standard deviation of the vertex when every loss has so much noise."""
+    losses = dict(zip(curve.lrs, curve.losses, strict=True))
+    drawn = [
+        Curve("", 0, curve.lrs, {0: {lr: loss + random.gauss(0, noise) for lr, loss in losses.items()}}).optimum
+        for _ in range(DRAWS)
+    ]
+    return stdev(drawn)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--base", type=int, default=128)
+    parser.add_argument("--noise", type=float, default=0.01, help="nats, of a loss away from the base width")
+    parser.add_argument("--base-noise", type=float, default=0.003)
+    options = parser.parse_args()
+    random.seed(0)
+    found = curves(options.sweep)
+    for (name, width), curve in sorted(found.items()):
+        if len(curve.by_seed) > 1:
+            one, other = (curve.by_seed[seed] for seed in sorted(curve.by_seed)[:2])
+            differences = [one[lr] - other[lr] for lr in one if lr in other]
+            print(f"{name}, {width}: two seeds differ by {stdev(differences) / math.sqrt(2):.4f}")
+    base = next(curve for (_, width), curve in found.items() if width == options.base)
+    at_base = spread(base, options.base_noise)
+    print(f"base, {options.base}: log2 of the best lr {base.optimum:+.2f} ± {at_base:.2f}")
+    for (name, width), curve in sorted(found.items()):
+        if width != options.base:
+            error = math.hypot(spread(curve, options.noise), at_base)
+            print(f"{name}, {width}: {curve.optimum:+.2f}, shift {curve.optimum - base.optimum:+.2f} ± {error:.2f}")
+
+
+if __name__ == "__main__":
+    main()
