@@ -192,11 +192,11 @@ def wide_gradients_kernel(
         q_share += tl.sum(q_tile * dq_tile, 1)
         k_share += tl.sum(k_tile * dk_tile, 1)
         wrote += tl.sum(k_tile * y_tile, 1)
-        dq_done += (less_product(dq_tile, f_tile, k_tile),)
+        dq_done += (less_product(dq_tile, f_tile, k_tile),)  # type: ignore[assignment]
         dk_tile = dk_tile * beta_row[:, None] + y_tile
         dk_tile = less_product(dk_tile, e_tile, k_tile)
         dk_tile = less_product(dk_tile, tl.trans(e_tile), k_tile)
-        dk_done += (less_product(dk_tile, tl.trans(f_tile), q_tile),)
+        dk_done += (less_product(dk_tile, tl.trans(f_tile), q_tile),)  # type: ignore[assignment]
     q_dq += q_share
     dbeta_row += k_share
     k_share *= beta_row

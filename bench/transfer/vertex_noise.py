@@ -49,8 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--base", type=int, default=128)
-    parser.add_argument("--noise", type=float, default=0.01, help="nats, of a loss away from the base width")
-    parser.add_argument("--base-noise", type=float, default=0.003)
+    parser.add_argument("--noise", type=float, default=0.007, help="nats, of a loss (of the mean over seeds)")
     options = parser.parse_args()
     random.seed(0)
     found = curves(options.sweep)
@@ -60,12 +59,13 @@ def main() -> None:
             differences = [one[lr] - other[lr] for lr in one if lr in other]
             print(f"{name}, {width}: two seeds differ by {stdev(differences) / math.sqrt(2):.4f}")
     base = next(curve for (_, width), curve in found.items() if width == options.base)
-    at_base = spread(base, options.base_noise)
+    at_base = spread(base, options.noise)
     print(f"base, {options.base}: log2 of the best lr {base.optimum:+.2f} ± {at_base:.2f}")
     for (name, width), curve in sorted(found.items()):
         if width != options.base:
-            error = math.hypot(spread(curve, options.noise), at_base)
-            print(f"{name}, {width}: {curve.optimum:+.2f}, shift {curve.optimum - base.optimum:+.2f} ± {error:.2f}")
+            here, shift = spread(curve, options.noise), curve.optimum - base.optimum
+            error = math.hypot(here, at_base)
+            print(f"{name}, {width}: {curve.optimum:+.2f} ± {here:.2f}, shift {shift:+.2f} ± {error:.2f}")
 
 
 if __name__ == "__main__":
