@@ -15,12 +15,14 @@ import math
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
@@ -42,11 +44,16 @@ def run_of(scaling: str, width: int, lr: float, fix: tuple[str, ...]) -> Run:
     return replace(sweep.run("fixed" if fix else "widthwise", width, lr, 0), sizes=sizes, training=training)
 
 
-def energies(run: Run) -> dict[str, dict[str, float]]:
-    """By stage and role."""
+def energies(
+    run: Run,
+    alter: Callable[[Any, Run], None] = lambda model, run: None,
+    also: Callable[[str, Tensor], dict[str, float]] = lambda role, gradient: {},
+) -> dict[str, dict[str, float]]:
+    """By stage and role, of a model that ``alter`` may change first, and whatever ``also`` makes of gradients."""
     torch.set_flush_denormal(True)
     device, training = torch.device("cpu"), run.training
     model, groups, _ = build(run, device)
+    alter(model, run)
     optimizer = optimizer_of("sgd", groups, training, device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: schedule(training, at))
     relative = {id(p): group["initial_lr"] / run.lr for group in optimizer.param_groups for p in group["params"]}
@@ -58,6 +65,7 @@ def energies(run: Run) -> dict[str, dict[str, float]]:
         for name, parameter in model.named_parameters():
             role = re.sub(r"^model\.(layers\.\d+\.)?|\.weight$", "", name)
             energy[role] += relative[id(parameter)] * float(parameter.grad.square().sum())
+            energy |= {f"{what} of {name}": value for what, value in also(role, parameter.grad).items()}
         (stage,) = (stage for stage, steps in STAGES.items() if at in steps)
         for role, value in energy.items():
             seen[stage][role].append(value)

@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from gradients import HEADS, STAGES, slope
-from torch import nn
+from gradients import HEADS, PLANNED, energies, slope
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from widthwise.verify.transfer.config import Run, Variant, read_sweep
-from widthwise.verify.transfer.step import eager
-from widthwise.verify.transfer.train import batches, build, optimizer_of, schedule
+from widthwise.verify.transfer.train import batches
 
-WIDTHS, STEPS, PLANNED = (64, 128, 256), 100, 200
+WIDTHS = (64, 128, 256)
 QK = ("q_proj.lr=-1/2", "k_proj.lr=-1/2", "q_conv1d.lr=1/2", "k_conv1d.lr=1/2")
 GATES = ("b_proj.lr=-1/2", "a_proj.lr=-1/2", "A_log.lr=1/2", "dt_bias.lr=1/2")
 GO = ("g_proj.lr=-1/2", "o_proj.lr=-1/2")
@@ -85,17 +82,17 @@ def run_of(change: Change, width: int, seed: int) -> Run:
     return replace(sweep.run("here", width, change.lr, seed), sizes=sizes, training=training)
 
 
-def raise_eps(model: Any, share: float, tokens: torch.Tensor) -> None:
+def raise_eps(model: Any, run: Run, share: float) -> None:
     """Give each output norm an eps of this share of what it typically reads."""
     read: list[float] = []
 
-    def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
         read.append(float(inputs[0].detach().square().mean(-1).median()))
 
     norms = [layer.attn.o_norm for layer in model.model.layers]
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     with torch.no_grad():
-        model(tokens)
+        model(next(batches(run.data, run.training, 99))[0])
     for hook, norm, typical in zip(hooks, norms, read, strict=True):
         hook.remove()
         norm.eps = share * typical
@@ -103,36 +100,20 @@ def raise_eps(model: Any, share: float, tokens: torch.Tensor) -> None:
 
 def measured(change: Change, width: int, seed: int) -> dict[str, dict[str, float]]:
     """By stage, of each role the median over steps."""
-    run, device = run_of(change, width, seed), torch.device("cpu")
-    training = run.training
-    model: Any
-    model, groups, _ = build(run, device)
-    if change.eps:
-        raise_eps(model, change.eps, next(batches(run.data, training, 99))[0])
-    optimizer = optimizer_of("sgd", groups, training, device)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: schedule(training, at))
-    relative = {id(p): group["initial_lr"] / run.lr for group in optimizer.param_groups for p in group["params"]}
-    step, data = eager(model, model, training), batches(run.data, training, seed)
+    run = run_of(change, width, seed)
     heads = run.sizes["H"] * (width // 64 if change.scaling == "head-dim-fixed" else 1)
-    seen: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for at in range(STEPS):
-        step(*next(data))
-        found: dict[str, float] = defaultdict(float)
-        for name, parameter in model.named_parameters():
-            role = re.sub(r"^model\.(layers\.\d+\.)?|\.weight$", "", name)
-            found[role] += relative[id(parameter)] * float(parameter.grad.square().sum())
-            if role in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
-                each = heads * parameter.grad.reshape(heads, -1).square().sum(1)
-                found[f"median head of {name}"] = float(each.median())
-                found[f"largest head of {name}"] = float(each.max())
-        (stage,) = (stage for stage, steps in STAGES.items() if at in steps)
-        for role, value in found.items():
-            seen[stage][role].append(value)
-        nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-        optimizer.step()
-        scheduler.step()
-    found = {stage: {role: median(values) for role, values in roles.items()} for stage, roles in seen.items()}
-    return {stage: summary(roles) for stage, roles in found.items()}
+
+    def alter(model: Any, run: Run) -> None:
+        if change.eps:
+            raise_eps(model, run, change.eps)
+
+    def by_head(role: str, gradient: Tensor) -> dict[str, float]:
+        if role not in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
+            return {}
+        each = heads * gradient.reshape(heads, -1).square().sum(1)
+        return {"median head": float(each.median()), "largest head": float(each.max())}
+
+    return {stage: summary(roles) for stage, roles in energies(run, alter, by_head).items()}
 
 
 def summary(roles: dict[str, float]) -> dict[str, float]:
@@ -162,7 +143,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     found: dict[str, dict[int, Any]] = {}
     print(f"| steps 20-59 | {' | '.join(SHOWN)} |\n| --- |" + " ---: |" * len(SHOWN))
     for name in options.only:
