@@ -5,13 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer.config import Run
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system: two sweeps do not notice each other
+    fcntl = None  # type: ignore[assignment]
 
 
 class Results:
@@ -52,6 +58,29 @@ class Results:
         _guarded(lambda: self._append(line), self.path)
         return entry
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other sweeps from writing here, which would train the same runs and could cut off each other's lines.
+        The claim ends with the process, however that ends.
+
+        Raises:
+            DeriveError: when another sweep has claimed the file.
+        """
+        with _guarded(self._open, self.path) as file:
+            if not _locked(file):
+                raise DeriveError(
+                    f"another sweep is writing to {self.path}", cure="let it finish, or give another file by --output"
+                )
+            try:
+                yield
+            finally:
+                if self.path.stat().st_size == 0:  # nothing was finished
+                    self.path.unlink()
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return open(self.path, "ab")
+
     def _append(self, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:  # a buffer would be written again by truncating and closing
@@ -67,6 +96,19 @@ class Results:
             except OSError:
                 file.truncate(whole)
                 raise
+
+
+def _locked(file: BinaryIO) -> bool:
+    """False where another process has the file locked; a file system without locks has none to notice."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _guarded(action: Any, path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -72,8 +73,8 @@ def carry_out(
         What went wrong, by run; nothing where all grids are complete.
 
     Raises:
-        DeriveError: when results cannot be read or written, the executor is not there, or a sweep's model cannot be
-            made.
+        DeriveError: when results cannot be read or written, or another sweep writes them, the executor is not there,
+            or a sweep's model cannot be made.
     """
     console = console or Console(highlight=False)
     execute = executor(how)
@@ -85,7 +86,10 @@ def carry_out(
         each.rehearse()
     failures: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with ExitStack() as claims, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        for each in books:
+            if each.left():
+                claims.enter_context(each.results.claimed())
         try:
             while _round(books, execute, jobs, failures, progress):
                 for each in books:

@@ -166,6 +166,20 @@ def test_a_line_that_a_full_disk_cuts_short_is_taken_back(folder: Path) -> None:
     assert len(Results(folder / "sweep.jsonl").load()) == 6
 
 
+def test_two_sweeps_do_not_write_one_file(folder: Path) -> None:
+    """The second is refused at once, in another process too; a sweep with nothing left writes nothing and is not."""
+    command = [sys.executable, "-m", "widthwise", "sweep", str(folder / "sweep.toml"), "--no-plot"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    with Results(folder / "sweep.jsonl").claimed():
+        refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "another sweep is writing to" in " ".join(refused.stderr.split())
+        assert "Traceback" not in refused.stderr
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    with Results(folder / "sweep.jsonl").claimed():
+        subprocess.run(command, env=environment, capture_output=True, check=True)
+
+
 def test_results_that_are_none_are_refused(folder: Path) -> None:
     (folder / "sweep.jsonl").write_text('{"key": "a"}\nnot a result\n')
     result = run("sweep", folder / "sweep.toml")
