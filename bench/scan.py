@@ -4,7 +4,7 @@
     python bench/scan.py --peers             with flash-linear-attention and FlashQLA, where they are installed
     python bench/scan.py --only 1 --names flashqla   one row, one implementation, in a process of its own
     python bench/scan.py --compile 0/4       fill the peers' compile caches, a quarter of what FLA may choose from and
-                                             of the rows of FlashQLA
+                                             of the rows of FlashQLA (with --only, for some rows)
     python bench/scan.py --first             seconds to the first forward+backward, compile cache empty
     python bench/scan.py --launches          the medians of our own launches, in µs, by the profiler
 
@@ -238,7 +238,7 @@ def first_result(row: tuple) -> float:
     return float(run.stdout.split()[-1])
 
 
-def fill_caches(part: str, names: list[str]) -> None:
+def fill_caches(part: str, names: list[str], numbers: list[int]) -> None:
     """Compile, in a process of ``part`` = "index/parts", what these peers would compile, without timing anything.
 
     FlashQLA compiles for a shape: its rows are shared out. FLA tries configurations: each process compiles its share
@@ -259,7 +259,8 @@ def fill_caches(part: str, names: list[str]) -> None:
 
     Autotuner._bench = compile_only
     rules = peers(names)
-    for number, row in enumerate(ROWS, 1):
+    for number in numbers:
+        row = ROWS[number - 1]
         shortened = (min(row[0], 2), 256, *row[2:])
         for name, rule in rules.items():
             if name == "flashqla" and (number % parts != index or row[3:5] != (128, 128) or row[5] == FP32):
@@ -289,15 +290,16 @@ def main() -> None:
     if arguments.first:
         print(f"first forward+backward: {first_result(ROWS[0]):.1f} s", flush=True)
         return
+    every = sorted(range(1, len(ROWS) + 1), key=lambda number: number == LAST)
+    numbers = [int(number) for number in arguments.only.split(",")] if arguments.only else every
     if arguments.compile:
-        fill_caches(arguments.compile, arguments.names.split(",") if arguments.names else list(PEERS))
+        fill_caches(arguments.compile, arguments.names.split(",") if arguments.names else list(PEERS), numbers)
         return
     names = arguments.names.split(",") if arguments.names else ["widthwise", *(PEERS if arguments.peers else ())]
     rules = {"widthwise": widthwise} if "widthwise" in names else {}
     rules |= peers(names) if set(names) & set(PEERS) else {}
     results = []
-    every = sorted(range(1, len(ROWS) + 1), key=lambda number: number == LAST)
-    for number in map(int, arguments.only.split(",")) if arguments.only else every:
+    for number in numbers:
         row = ROWS[number - 1]
         shape = (*row[:5], str(row[5]).removeprefix("torch."))
         ahead, both = floor(*row)
