@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,8 @@ def train_one(
     """Carry out one run of a sweep's file, at a width and a learning rate that need not be in its grid.
 
     Raises:
-        DeriveError: for a file, parametrization, width, learning rate or strategy that will not do.
+        DeriveError: for a file, parametrization, width, learning rate or strategy that will not do, or an output that a
+            sweep or another run writes to.
     """
     sweep = read_sweep(file)
     if parametrization not in sweep.parametrizations:
@@ -27,7 +29,9 @@ def train_one(
     if lr <= 0 or (width is not None and width < 1):
         raise DeriveError("learning rate and width must be positive", cure="correct them")
     run = sweep.run(parametrization, width or max(sweep.widths), lr, seed)
-    with joined(strategy) as team:
+    with joined(strategy) as team, ExitStack() as claim:
+        if output is not None and not team.rank:
+            claim.enter_context(Results(output).claimed())  # before hours of training, not after
         outcome = train(run, team)
         if team.rank:
             return

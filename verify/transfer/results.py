@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,16 +66,32 @@ class Results:
         Raises:
             DeriveError: when another sweep has claimed the file.
         """
-        with _guarded(self._open, self.path) as file:
-            if not _locked(file):
-                raise DeriveError(
-                    f"another sweep is writing to {self.path}", cure="let it finish, or give another file by --output"
-                )
+        with self._claim() as file:
             try:
                 yield
             finally:
-                if self.path.stat().st_size == 0:  # nothing was finished
-                    self.path.unlink()
+                with suppress(OSError):  # some systems keep a file that is open
+                    if self._holds(file) and self.path.stat().st_size == 0:  # nothing was finished
+                        self.path.unlink()
+
+    def _claim(self) -> BinaryIO:
+        while True:
+            file: BinaryIO = _guarded(self._open, self.path)
+            if not _locked(file):
+                file.close()
+                raise DeriveError(
+                    f"another sweep is writing to {self.path}", cure="let it finish, or give another file by --output"
+                )
+            if self._holds(file):
+                return file
+            file.close()  # whoever had it took it away, empty, after it was opened here
+
+    def _holds(self, file: BinaryIO) -> bool:
+        """Whether what is open is what the path names: a lock belongs to the former, lines go to the latter."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)

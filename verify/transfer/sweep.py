@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer.config import Run, Sweep
 from widthwise.verify.transfer.execute import FAILED, Executor, Outcome, executor
 from widthwise.verify.transfer.extend import further, tuned_rates
@@ -20,8 +22,13 @@ class Books:
 
     def __init__(self, sweep: Sweep, path: Path) -> None:
         self.sweep, self.results = sweep, Results(path)
-        self.finished = self.results.load()
+        self.finished: dict[str, dict[str, Any]] = {}
         self.stages: list[dict[str, Run]] = []
+        self.read()
+
+    def read(self) -> None:
+        """What is finished by now, and what that leaves to plan."""
+        self.finished = self.results.load()
         self.plan()
 
     @property
@@ -73,30 +80,45 @@ def carry_out(
         What went wrong, by run; nothing where all grids are complete.
 
     Raises:
-        DeriveError: when results cannot be read or written, or another sweep writes them, the executor is not there,
-            or a sweep's model cannot be made.
+        DeriveError: when results cannot be read or written, or another sweep, or two of these, write them, the
+            executor is not there, or a sweep's model cannot be made.
     """
     console = console or Console(highlight=False)
     execute = executor(how)
+    _own_files(sweeps)
     books = [Books(sweep, path) for sweep, path in sweeps]
-    for each in books:
-        runs = len(each.grid)
-        console.print(f"{each.sweep.name}: {runs} runs, {runs - len(each.left())} of them finished before")
-    for each in books:
-        each.rehearse()
     failures: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ExitStack() as claims, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with ExitStack() as claims:
         for each in books:
             if each.left():
                 claims.enter_context(each.results.claimed())
-        try:
-            while _round(books, execute, jobs, failures, progress):
-                for each in books:
-                    each.plan()
-        except KeyboardInterrupt:
-            return [*failures.values(), "stopped; the same command goes on from here"]
+                each.read()  # another sweep may have written until now
+        for each in books:
+            runs = len(each.grid)
+            console.print(f"{each.sweep.name}: {runs} runs, {runs - len(each.left())} of them finished before")
+        for each in books:
+            each.rehearse()
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            try:
+                while _round(books, execute, jobs, failures, progress):
+                    for each in books:
+                        each.plan()
+            except KeyboardInterrupt:
+                return [*failures.values(), "stopped; the same command goes on from here"]
     return list(failures.values())
+
+
+def _own_files(sweeps: Sequence[tuple[Sweep, Path]]) -> None:
+    """Whether each sweep has a results file of its own."""
+    names: dict[Path, str] = {}
+    for sweep, path in sweeps:
+        if (place := path.resolve()) in names:
+            raise DeriveError(
+                f"two of the sweeps, {names[place]!r} and {sweep.name!r}, would write to {path}",
+                cure="give each a file name of its own",
+            )
+        names[place] = sweep.name
 
 
 def _round(books: list[Books], execute: Executor, jobs: int, failures: dict[str, str], progress: Progress) -> bool:

@@ -180,6 +180,62 @@ def test_two_sweeps_do_not_write_one_file(folder: Path) -> None:
         subprocess.run(command, env=environment, capture_output=True, check=True)
 
 
+def test_what_another_sweep_finished_before_the_claim_is_not_trained_again(
+    folder: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are read, then claimed: here another sweep finishes in between."""
+    claimed, path = Results.claimed, folder / "sweep.jsonl"
+    asked: list[str] = []
+
+    def late(results: Results) -> Any:
+        for each in sweep.runs():
+            Results(path).add(each, {"loss": 1.0, "diverged": None, "seconds": 1.0})
+        return claimed(results)
+
+    monkeypatch.setattr(train, "train", lambda run: asked.append(run.key) or {})
+    monkeypatch.setattr(Results, "claimed", late)
+    assert carry_out([(sweep, path)]) == []
+    assert asked == []
+    assert len(path.read_bytes().splitlines()) == 6
+
+
+def test_a_claim_is_on_the_file_that_is_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on one that its last claimant took away, empty, after it was opened here."""
+    path, opened = folder / "sweep.jsonl", Results._open
+
+    def slow(results: Results) -> Any:
+        file = opened(results)
+        if not taken:
+            taken.append(path.unlink())
+        return file
+
+    taken: list[None] = []
+    monkeypatch.setattr(Results, "_open", slow)
+    with Results(path).claimed(), pytest.raises(DeriveError, match="another sweep"), Results(path).claimed():
+        pass
+    assert not path.exists()
+
+
+def test_a_claim_leaves_others_files_alone(folder: Path) -> None:
+    path = folder / "sweep.jsonl"
+    with Results(path).claimed():
+        path.unlink()
+    with Results(path).claimed():
+        path.unlink()
+        path.touch()
+    assert path.exists()
+
+
+def test_two_sweeps_of_one_command_do_not_share_a_file(folder: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "more" / "sweep.toml").write_text((folder / "sweep.toml").read_text().replace('"try"', '"more"'))
+    result = run("sweep", folder / "sweep.toml", folder / "more" / "sweep.toml", "--output", folder)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "two of the sweeps, 'try' and 'more', would write to" in said
+    assert "another sweep" not in said
+
+
 def test_results_that_are_none_are_refused(folder: Path) -> None:
     (folder / "sweep.jsonl").write_text('{"key": "a"}\nnot a result\n')
     result = run("sweep", folder / "sweep.toml")

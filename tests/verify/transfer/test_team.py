@@ -104,3 +104,12 @@ def test_what_cannot_be_is_named(file: Path) -> None:
         train(read_sweep(file).run("widthwise", 32, 0.01, 0), Team(0, 3))
     with joined("fsdp") as team:
         assert team.size == 1
+
+
+def test_results_that_a_sweep_writes_are_refused_before_training(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("widthwise.verify.transfer.command.train", lambda run, team: pytest.fail("trained"))
+    with (
+        Results(file.parent / "results.jsonl").claimed(),
+        pytest.raises(DeriveError, match="another sweep is writing to"),
+    ):
+        train_one(file, "widthwise", None, 0.01, 0, "ddp", file.parent / "results.jsonl")
