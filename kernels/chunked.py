@@ -50,6 +50,7 @@ class Chunks(NamedTuple):
     pairs: Tensor  # [2, Z, C, C] Q K^T * D and strictly_lower(K K^T * D), which is A without beta
     inverse: Tensor  # [Z, C, C]  (I + A)^-1
     w: Tensor  # [Z, C, K]        (I + A)^-1 beta e K
+    q_into: Tensor  # [Z, C, K]   e Q
     k_out: Tensor  # [Z, C, K]    D_C K
     u: Tensor  # [Z, C, V]        U; before the states are known, what it would be from S = 0
     entering: Tensor  # [Z, K, V] S
@@ -59,7 +60,7 @@ class Chunks(NamedTuple):
         C, one = CHUNK, (Z, CHUNK, 1)
         tall = [(2, Z, C, K), (2, *one)]
         square, keys, values = (Z, C, C), (Z, C, K), (Z, C, V)
-        return [*tall, values, one, square, one, one, (2, *square), square, keys, keys, values, (Z, K, V)]
+        return [*tall, values, one, square, one, one, (2, *square), square, keys, keys, keys, values, (Z, K, V)]
 
     @staticmethod
     def size(Z: int, K: int, V: int) -> int:
@@ -101,25 +102,15 @@ def fill(c: Chunks, layout: Layout, q: Tensor, k: Tensor, v: Tensor, g: Tensor, 
     torch.mul(c.inverse, c.beta.mT, out=writing)
     torch.bmm(writing, torch.mul(keys, c.into, out=scratch(keys)), out=c.w)
     torch.bmm(writing, c.v, out=c.u)
+    torch.mul(c.qk[0], c.into, out=c.q_into)
     torch.mul(keys, c.out, out=c.k_out)
 
 
 def unit_inverse(a: Tensor, inverse: Tensor) -> None:
-    """``inverse`` = (I + a)^-1 for strictly lower ``a`` [Z, C, C]: blocks on the diagonal, then what lies below them.
-
-    It is as stable as forward substitution; a product of (I + a^(2^j)) is not, whose powers grow like binomials."""
-    h = CHUNK // 2
-    identity = torch.eye(h, dtype=a.dtype, device=a.device)
-    blocks = torch.linalg.solve_triangular(halves(a), identity, upper=False, unitriangular=True)
-    halves(inverse.zero_()).copy_(blocks)
-    first, last = blocks.unbind(1)
-    torch.neg(last @ a[:, h:, :h] @ first, out=inverse[:, h:, :h])
-
-
-def halves(x: Tensor) -> Tensor:
-    """The two blocks on the diagonal of ``x`` [Z, C, C], as a view [Z, 2, C / 2, C / 2]."""
-    h = CHUNK // 2
-    return x.view(-1, 2, h, 2, h).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    """``inverse`` = (I + a)^-1 for strictly lower ``a`` [Z, C, C], by forward substitution; a product of (I + a^(2^j))
+    is not as stable, whose powers grow like binomials. Turned, since LAPACK's columns are PyTorch's rows."""
+    identity = torch.eye(CHUNK, dtype=a.dtype, device=a.device)
+    torch.linalg.solve_triangular(a.mT, identity, upper=True, unitriangular=True, out=inverse.mT)
 
 
 def scratch(like: Tensor) -> Tensor:
@@ -132,10 +123,14 @@ def product(a: Tensor, b: Tensor, out: Tensor, scale: float) -> Tensor:
     return out.baddbmm_(a, b, beta=0, alpha=scale)
 
 
+def row_sums(x: Tensor) -> Tensor:
+    """The sum of every row of x, which is contiguous: as a product, quicker than a sum of so few numbers."""
+    return torch.mv(x.view(-1, x.shape[-1]), x.new_ones(x.shape[-1])).view(x.shape[:-1])
+
+
 def row_dots(x: Tensor, y: Tensor, spent: Tensor) -> Tensor:
     """The products of the rows of x and y. Overwrites ``spent``."""
-    dots: Tensor = torch.mul(x, y, out=spent).sum(-1)
-    return dots
+    return row_sums(torch.mul(x, y, out=spent))
 
 
 def without_diagonal(x: Tensor) -> Tensor:
@@ -168,8 +163,7 @@ def forward(
     state = layout.states(initial_state, c.u, heads, K, V)
     walk(layout, heads, c, state)
     o = torch.bmm(c.pairs[0], c.u, out=scratch(c.u))
-    asking = torch.mul(c.qk[0], c.into, out=scratch(c.w))
-    o.baddbmm_(asking, c.entering, beta=scale, alpha=scale)
+    o.baddbmm_(c.q_into, c.entering, beta=scale, alpha=scale)
     return layout.scatter(o, v), layout.unsort(state, heads), (saved,)
 
 
@@ -248,8 +242,8 @@ def backward(
     dk_out = torch.bmm(c.u, dleaving.mT, out=scratch(keys))
     left = row_dots(c.k_out, dk_out, spent[0])
 
-    dbeta = row_dots(c.v, dwrite, du).sub_(asked_k).sub_(recalled.sum(-1))
-    passed = row_dots(c.entering, dleaving, spent_state).sum(-1, keepdim=True) * into[:, -1:]
+    dbeta = row_dots(c.v, dwrite, du).sub_(asked_k).sub_(row_sums(recalled))
+    passed = row_dots(*(x.flatten(1) for x in (c.entering, dleaving, spent_state))).unsqueeze(-1) * into[:, -1:]
     crossing = without_diagonal(pairs.addcmul_(recalled, c.beta, value=-1))
     dg = gate_gradient(crossing, asking.addcmul_(asked_k, weight, value=-1), left, passed, recalled)
     dq, dk = dqk
@@ -276,7 +270,7 @@ def walk_back(
     Returns dU [Z, C, V], dS' [Z, K, V] and spent memory of that size, and takes ``dstate`` from the final to the
     initial states' gradient. What enters a chunk is computed where it leaves the one before."""
     du = product(c.pairs[0].mT, do, scratch(c.u), scale)
-    asked = product(torch.mul(c.qk[0], c.into, out=scratch(c.w)).mT, do, scratch(c.entering), scale)
+    asked = product(c.q_into.mT, do, scratch(c.entering), scale)
     dleaving = scratch(c.entering)
     sizes = [(end - start) * heads for start, end in layout.steps]
     views = [torch.split_with_sizes(x, sizes) for x in (dleaving, du, asked, c.k_out, c.w.mT, c.into[:, -1:])]
