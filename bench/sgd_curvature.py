@@ -1,10 +1,11 @@
 """Which role limits the learning rate of SGD, and does that change with the width?
 
-python bench/sgd_curvature.py > docs/results/sgd_curvature.md        # seven minutes on two idle CPU cores
+python bench/sgd_curvature.py > docs/results/sgd_curvature.md        # ten minutes on two idle CPU cores
 
 The rules give each role a rate; steps are stable while rate times curvature stays below a constant. So the Hessian is
 taken with every parameter scaled by the root of its rate (relative to the learning rate at the base width): its largest
-eigenvalue, how much of that eigenvector lies in each role, and the largest eigenvalue of single roles.
+eigenvalue, how much of that eigenvector lies in each role, and the largest eigenvalue of single roles. With a usual eps
+of the norms, and with head dims fixed with a third of what the output norm typically reads (finding norm-tail).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from widthwise.verify.data import VOCABULARY
 
 LR, WARMUP, LENGTH = 0.1, 15, 16
 STEPS = (0, 120)
+CASES = tuple(product(("heads-fixed", "head-dim-fixed"), (1e-5, 2e-3)))  # scaling, eps of every norm
 ROLES = ("q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "o_proj", "gate_proj", "embeddings")
 SHARES = ("q_proj", "q_conv1d", "k_proj", "k_conv1d", "g_proj", "o_proj", "gate_proj", "embeddings")
 
@@ -61,9 +63,9 @@ def note(found: Measurements, model: Model, rates: Sequence[float], probe: Batch
         found.note("curvature", role, step, seed, value=alone)
 
 
-def one(given: tuple[str, int, int]) -> Measurements:
+def one(given: tuple[str, float, int, int]) -> Measurements:
     """Train one model under SGD with momentum 0.9 and clipping, and look at its curvature on the way."""
-    scaling, width, seed = given
+    scaling, eps, width, seed = given
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
@@ -71,7 +73,7 @@ def one(given: tuple[str, int, int]) -> Measurements:
     graph = request.graph()
     usual = {"lm_head": BASE**-0.5, "a_proj": 1.0}
     sizes = {"vocab": VOCABULARY, "d_k": 16, "d_v": 32, "H": 4}
-    model = Described(graph, request.table(graph), BASE, sizes=sizes, lr=LR, norm_eps=1e-5, multipliers=usual).make(
+    model = Described(graph, request.table(graph), BASE, sizes=sizes, lr=LR, norm_eps=eps, multipliers=usual).make(
         width, seed
     )
     groups = model.optimizer.param_groups
@@ -110,11 +112,11 @@ def main() -> None:
         f"{torch.__version__}, Python {platform.python_version()}.\n"
     )
     with get_context("spawn").Pool(asked.jobs) as pool:
-        for scaling in ("heads-fixed", "head-dim-fixed"):
+        for scaling, eps in CASES:
             found = Measurements(tuple(asked.widths))
-            for part in pool.imap(one, [(scaling, w, s) for s, w in product(range(asked.seeds), asked.widths)]):
+            for part in pool.imap(one, [(scaling, eps, w, s) for s, w in product(range(asked.seeds), asked.widths)]):
                 found.join(part)
-            print(f"## {scaling}\n\n| | {' | '.join(f'step {step}' for step in STEPS)} |\n|---|---|---|")
+            print(f"## {scaling}, eps {eps:g}\n\n| | {' | '.join(f'step {step}' for step in STEPS)} |\n|---|---|---|")
             for name in ("all", *ROLES):
                 print(f"| rate × curvature, {name} | {' | '.join(cell(found, 'curvature', name, s) for s in STEPS)} |")
             for name in SHARES:

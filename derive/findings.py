@@ -18,6 +18,7 @@ from widthwise.derive.ops.structure import factor
 from widthwise.derive.ops.weights import operator_norm
 from widthwise.derive.optimizers import Law
 from widthwise.derive.table import Finding, Rule
+from widthwise.derive.tails import tails
 from widthwise.derive.update import Update
 
 
@@ -44,6 +45,24 @@ def sinking_norms(walk: Forward) -> Iterator[Finding]:
         if cured:
             cure += f" (applied here: {carrier} = {n_to(applied)})"
         yield Finding("norm-eps", where, bare, message, cure)
+
+
+def thin_starts(walk: Forward) -> Iterator[Finding]:
+    """What a norm divides by is nearest to zero at the first tokens of a sequence, in one of many heads."""
+    for tail in tails(walk):
+        scan, norm = tail.scan, tail.norm
+        yield Finding(
+            "norm-tail",
+            scan.output,
+            tail.exponent,
+            f"{scan.output} of a sequence's first token is {scan.inputs[2]} times one inner product "
+            f"{scan.inputs[0]}·{scan.inputs[1]}, which no mean keeps from zero, and {norm.output} divides by it: over "
+            f"{tail.beside} (and layers, and sequences) the smallest of N is 1/N of the typical one, so the largest "
+            f"gradients through the norm grow as N, here {n_to(tail.exponent)}, until its eps {norm.attrs['eps']:g} "
+            "ends it",
+            f"a norm eps near the typical mean square of {norm.inputs[0]}, say a third of it (measured: "
+            "docs/results/transfer.md)",
+        )
 
 
 def loud_operators(walk: Forward) -> Iterator[Finding]:
@@ -261,7 +280,15 @@ def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Fin
 def collect(walk: Backward, updates: Mapping[str, Update], law: Law) -> tuple[Finding, ...]:
     """All findings of one derivation, in the order of the criteria, each once."""
     found: dict[tuple[str, str], Finding] = {}
-    for criterion in (sinking_norms, loud_operators, nonlinear_means, off_scale_inputs, met_again, broken_bounds):
+    for criterion in (
+        sinking_norms,
+        thin_starts,
+        loud_operators,
+        nonlinear_means,
+        off_scale_inputs,
+        met_again,
+        broken_bounds,
+    ):
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
     trained = (*wrong_steps(updates), *short_lived(walk, updates, law), *drifting_gradients(walk))

@@ -40,6 +40,7 @@ class Training:
     checkpoint: bool = False
     compile: bool = False
     accumulate: int = 1
+    norm_eps: float | None = None  # of every norm in the model; its own where not given
     validation: int = 16  # batches
     graph: bool = field(default=True, compare=False)  # on a GPU, replay steps as a CUDA graph, unless compiled
 
@@ -63,7 +64,8 @@ class Run:
     def key(self) -> str:
         content = asdict(self)
         for each in fields(Training):
-            if not each.compare:  # how a run is carried out, which changes no number of it
+            unsaid = each.default is None and content["training"][each.name] is None  # as before there was the field
+            if unsaid or not each.compare:  # or how a run is carried out, which changes no number of it
                 del content["training"][each.name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -217,6 +219,8 @@ def _check(sweep: Sweep, path: Path) -> None:
         raise DeriveError(
             f"{path}: steps, batch and length must be positive, and batch a multiple of accumulate", cure="correct them"
         )
+    if training.norm_eps is not None and not training.norm_eps >= 0:
+        raise DeriveError(f"{path}: norm_eps must not be negative", cure="leave it out for the model's own")
     if len(set(sweep.widths)) < len(sweep.widths) or min(sweep.widths) < 1:
         raise DeriveError(
             f"{path}: widths {list(sweep.widths)} are not different positive numbers", cure="correct them"

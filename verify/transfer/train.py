@@ -63,7 +63,8 @@ def skeleton(run: Run) -> nn.Module:
     (cls,) = (value for name, value in vars(models).items() if name.endswith("LM"))  # the one class of the whole model
     try:
         sizes = cls.widened(run.width, **run.sizes)
-        model: nn.Module = cls(**sizes, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device="meta")
+        also = {} if run.training.norm_eps is None else {"norm_eps": run.training.norm_eps}
+        model: nn.Module = cls(**sizes, **also, vocab=VOCABULARY, checkpoint=run.training.checkpoint, device="meta")
     except (TypeError, ValueError) as error:
         takes = [each.name for each in inspect.signature(cls).parameters.values() if each.default is each.empty]
         names = ", ".join(name for name in takes if name not in ("width", "vocab"))

@@ -1,14 +1,19 @@
 """Sweep files are read with suspicion; runs are what their content says."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
+from torch import nn
+
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer.config import Sweep, Variant, read_sweep
+from widthwise.verify.transfer.train import skeleton
 
+OLD = "docs/results/transfer/checkpoint.jsonl"
 SWEEPS = Path(__file__).parents[3] / "bench" / "transfer"
 FILE = """
 name = "try"
@@ -53,6 +58,13 @@ def test_a_key_is_what_a_run_is(sweep: Sweep) -> None:
     assert replace(runs[0], seed=1).key != runs[0].key
     assert replace(runs[0], rules="sha256:other").key != runs[0].key
     assert replace(runs[0], training=replace(runs[0].training, clip=0.5)).key != runs[0].key
+    assert replace(runs[0], training=replace(runs[0].training, norm_eps=1e-3)).key != runs[0].key
+
+
+def test_a_setting_that_came_later_is_no_other_run_where_it_is_not_used(sweep: Sweep) -> None:
+    """Results from before ``norm_eps`` was there are known again."""
+    recorded = {json.loads(line)["key"] for line in (SWEEPS.parents[1] / OLD).read_text().splitlines()}
+    assert recorded & {run.key for run in read_sweep(SWEEPS / "checkpoint.toml").runs()} == recorded
 
 
 def test_what_a_derivation_says_besides_is_no_other_run(sweep: Sweep) -> None:
@@ -72,6 +84,8 @@ def test_what_a_derivation_says_besides_is_no_other_run(sweep: Sweep) -> None:
         ("steps = 4", "steps = 0", "must be positive"),
         ("batch = 2", "batch = 3\naccumulate = 2", "multiple of accumulate"),
         ("length = 16", "length = 16\nlenght = 3", "lenght"),
+        ("length = 16", "length = 16\nnorm_eps = -1e-3", "norm_eps must not be negative"),
+        ("length = 16", "length = 16\nnorm_eps = nan", "norm_eps must not be negative"),
         ("widths = [16, 32]", "widths = [32]", "lack the base width 16"),
         ("widths = [16, 32]", "widths = [16, 16]", "not different"),
         ("widths = [16, 32]", "widths = []", r"widths cannot be \[\]"),
@@ -142,3 +156,12 @@ def test_committed_sweeps_say_what_can_be_run(file: Path) -> None:
     for width in sweep.widths:  # at least seven learning rates a curve, but where roles are only compared
         rates = {run.lr for run in runs if run.width == width and run.parametrization == sweep.parametrizations[0]}
         assert len(rates) >= (5 if file.stem.startswith("sgd-roles") else 7)
+
+
+def test_every_norm_of_the_model_has_the_eps_that_is_asked_for(sweep: Sweep) -> None:
+    def epsilons(norm_eps: float | None) -> set[float]:
+        run = next(iter(replace(sweep, training=replace(sweep.training, norm_eps=norm_eps)).runs()))
+        return {module.eps for module in skeleton(run).modules() if isinstance(module, nn.RMSNorm)}
+
+    assert epsilons(3e-3) == {3e-3}
+    assert epsilons(None) == {1e-5}
