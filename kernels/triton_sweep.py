@@ -62,8 +62,8 @@ def walk_forwards(
 ):  # fmt: skip
     """From ``state`` before chunk ``start`` of a sequence to the one returned, before chunk ``stop``.
 
-    With OUTPUT: o, with WIDE in fp32 and always by a pointer. With KEEP: u, for the backward pass. With neither OUTPUT
-    nor KEEP, ``written_to`` says whether v is written to the state, or nothing.
+    With OUTPUT: o; where it is WIDE, in fp32 and by pointers, described or not. With KEEP: u, for the backward pass.
+    With neither, ``written_to`` says whether v is written to the state, or nothing.
     """
     i = tl.arange(0, CHUNK)
     ends = rows + ROW_G * CHUNK + CHUNK - 1

@@ -80,7 +80,8 @@ class Results:
             if not _locked(file):
                 file.close()
                 raise DeriveError(
-                    f"another sweep is writing to {self.path}", cure="let it finish, or give another file by --output"
+                    f"another sweep (or train) is writing to {self.path}",
+                    cure="let it finish, or give another file by --output",
                 )
             if self._holds(file):
                 return file
