@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,22 +75,31 @@ def watched(model: nn.Module) -> dict[str, dict[str, float]]:
     return seen
 
 
-def measured(run: Run, device: torch.device) -> dict[str, Any]:
+def trained(run: Run, device: torch.device) -> Iterator[tuple[int, nn.Module, Tensor, Tensor]]:
+    """Train as sweeps do: before each step its number, the model and the tokens and targets of the step."""
     training = run.training
     model, groups, _ = build(run, device)
     optimizer = optimizer_of("sgd", groups, training, device)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: schedule(training, at))
-    step, data, found = eager(model, model, training), batches(run.data, training, run.seed), {}
-    seen = watched(model)
+    step, data = eager(model, model, training), batches(run.data, training, run.seed)
     for at in range(training.steps):
         tokens, targets = (each.to(device) for each in next(data))
+        yield at, model, tokens, targets
         step(tokens, targets)
         nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-        if at in STEPS:
-            with torch.no_grad():
-                found[at] = {"loss": float(loss_of(model, tokens, targets, training)), **seen}
         optimizer.step()
         scheduler.step()
+
+
+def measured(run: Run, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    seen: dict[str, dict[str, float]] = {}
+    for at, model, tokens, targets in trained(run, device):
+        seen = seen or watched(model)
+        if at in STEPS:
+            with torch.no_grad():
+                loss = float(loss_of(model, tokens, targets, run.training))
+            found[str(at)] = {"loss": loss, **seen}
     return found
 
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 
 import torch
-from channels import run_of
+from channels import run_of, trained
 from torch import Tensor, nn
-
-from widthwise.verify.transfer.step import eager
-from widthwise.verify.transfer.train import batches, build, optimizer_of, schedule
 
 PLACES = (0, 1, 8)
 
@@ -43,23 +40,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     run = run_of(options.scaling, options.width, options.lr, None)
-    device, training = torch.device("cuda" if torch.cuda.is_available() else "cpu"), run.training
-    model, groups, _ = build(run, device)
-    optimizer = optimizer_of("sgd", groups, training, device)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: schedule(training, at))
-    step, data = eager(model, model, training), batches(run.data, training, run.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print("| step | layer | all | " + " | ".join(f"token {place + 1}, least" for place in PLACES) + " |")
     print("| ---: | ---: | ---: |" + " ---: |" * len(PLACES))
-    for at in range(options.steps + 1):
-        tokens, targets = (each.to(device) for each in next(data))
+    for at, model, tokens, _ in trained(run, device):
         if at in (0, options.steps // 2, options.steps):
             for layer, read in enumerate(read_by_norms(model, tokens)):
                 places = (f"{read[:, place].median():.1e}, {read[:, place].min():.1e}" for place in PLACES)
                 print(f"| {at} | {layer} | {read.median():.1e} | " + " | ".join(places) + " |")
-        step(tokens, targets)
-        nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-        optimizer.step()
-        scheduler.step()
+        if at == options.steps:
+            return
 
 
 if __name__ == "__main__":
