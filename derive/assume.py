@@ -6,11 +6,12 @@ An assumption set only says *which branch* of theory each kind of contraction ta
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from widthwise.derive.errors import DeriveError, unknown_name
 
-Regime = Literal["practical", "asymptotic"]
+Regime = Literal["practical", "asymptotic", "throughout"]
+"""Sizes below the crossovers; past them; or below them with learning rates that hold on both sides."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ class Assumptions:
                 ("means that nonlinearities create", self.nonlinear_mean),
             )
         )
-        if self.channels == "typical":
-            return statements
-        return (*statements, "products of trained factors: no channel gets away sooner, the largest of all included")
+        if self.channels == "largest":
+            statements += ("products of trained factors: no channel gets away sooner, the largest of all included",)
+        if self.regime == "throughout":
+            statements += ("learning rates: of each role the smallest that holds before and past the crossovers",)
+        return statements
 
 
 _WORDS = {
@@ -83,14 +86,14 @@ SETS: dict[str, Assumptions] = {
             "at-init",
             "statistics at initialization decided by sign symmetry; own steps aligned; "
             "upstream changes at their operator-norm bound",
-            regimes=("practical", "asymptotic"),
+            regimes=("practical", "asymptotic", "throughout"),
         ),
         Assumptions(
             "largest-channel",
             "as at-init; where trained factors multiply in each channel and steps follow gradients, learning rates are "
             "held for the largest channel rather than the typical one",
             channels="largest",
-            regimes=("practical", "asymptotic"),
+            regimes=("practical", "asymptotic", "throughout"),
         ),
         Assumptions(
             "aligned",
@@ -180,18 +183,18 @@ def assumptions(
         chosen = SETS[name]
     if regime is None:
         return chosen
-    if regime not in ("practical", "asymptotic"):
-        raise unknown_name("regime", regime, ["practical", "asymptotic"])
+    if regime not in get_args(Regime):
+        raise unknown_name("regime", regime, list(get_args(Regime)))
     if regime not in chosen.regimes:
         raise DeriveError(
             f"assumption set {chosen.name!r} contradicts the {regime} regime",
             cure=f"it stands for the {chosen.regime} one; use --assume at-init to choose a regime",
         )
-    return in_regime(chosen, "asymptotic") if regime == "asymptotic" != chosen.regime else chosen
+    return in_regime(chosen, regime)
 
 
 def in_regime(chosen: Assumptions, regime: Regime) -> Assumptions:
-    """The same set past its crossovers: means have taken over, and forward · backward has aligned."""
-    if regime == chosen.regime:
-        return chosen
-    return replace(chosen, regime="asymptotic", nonlinear_mean="coherent", forward_backward="aligned")
+    """The same set in another regime; past its crossovers means have taken over, and forward · backward has aligned."""
+    if regime != "asymptotic" or regime == chosen.regime:
+        return replace(chosen, regime=regime)
+    return replace(chosen, regime=regime, nonlinear_mean="coherent", forward_backward="aligned")

@@ -49,11 +49,16 @@ def slower(graph: Graph) -> dict[str, Channels]:
     return found
 
 
+_Known = dict[tuple[str, frozenset[Dim]], tuple[str, ...]]
+"""Factors by tensor and growing axes: what several read is traced back once."""
+
+
 def _summed(graph: Graph) -> Iterator[Channels]:
+    known: _Known = {}
     for node in graph.ordered:
         dims, factors, met = _contraction(graph, node)
         if growing := _grow(dims):
-            factors += tuple(role for name in met for role in _factors(graph, name, growing))
+            factors += tuple(role for name in met for role in _factors(graph, name, growing, known))
             yield Channels(node.output, Group(dims), tuple(dict.fromkeys(factors)))
 
 
@@ -69,13 +74,14 @@ def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], tuple[str, 
         return atoms(shapes[node.inputs[0]]), (), node.inputs[:2]
     if node.op == "einsum":
         one, other = (atoms(shapes[name]) for name in node.inputs)
-        if over := _summed_by(graph, node):
+        if over := summed_by(graph, node):
             beside = set(one) & set(other)
             return tuple(dim for dim in dict.fromkeys(one + other) if dim in beside.union(over)), (), node.inputs
     return (), (), ()
 
 
-def _summed_by(graph: Graph, product: Node) -> tuple[Dim, ...]:
+def summed_by(graph: Graph, product: Node) -> tuple[Dim, ...]:
+    """The axes that a product of two activations sums."""
     one, other = (graph.shapes[name] for name in product.inputs)
     return summed(one, other, product.shape)
 
@@ -89,19 +95,27 @@ def _trained(graph: Graph, name: str) -> tuple[str, ...]:
     return (name,) if parameter is not None and parameter.trainable else ()
 
 
-def _factors(graph: Graph, tensor: str, growing: frozenset[Dim]) -> tuple[str, ...]:
+def _factors(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -> tuple[str, ...]:
     """The trained factors of a tensor's channels, back to the linear maps that make them. A sum has the factors that
     all it adds have in common (biases aside, which begin at zero): a residual stream, none."""
+    if (tensor, growing) not in known:
+        known[tensor, growing] = tuple(dict.fromkeys(_traced(graph, tensor, growing, known)))
+    return known[tensor, growing]
+
+
+def _traced(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -> tuple[str, ...]:
     if not growing <= set(atoms(graph.shapes[tensor])):
         return ()
     if tensor in graph.parameters:
         return _trained(graph, tensor)
     maker: Node | None = graph.makers.get(tensor)
-    if maker is None or (maker.op == "einsum" and _summed_by(graph, maker)):
+    if maker is None or (maker.op == "einsum" and summed_by(graph, maker)):
         return ()  # a sum is one number for all that it sums: no channel of its own
     if maker.op in ("linear", "convolution"):
         return _trained(graph, maker.inputs[1])
     if maker.op in ("add", "residual"):
-        parts = [_factors(graph, name, growing) for name in maker.inputs if name not in graph.parameters]
+        summands = (name for name in maker.inputs if name not in graph.parameters)
+        parts = [_factors(graph, name, growing, known) for name in summands]
         return tuple(role for role in parts[0] if all(role in part for part in parts)) if parts else ()
-    return tuple(role for slot in lookup(maker).entrywise for role in _factors(graph, maker.inputs[slot], growing))
+    read = (maker.inputs[slot] for slot in lookup(maker).entrywise)
+    return tuple(role for name in read for role in _factors(graph, name, growing, known))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from sympy import Expr
 
@@ -31,3 +31,13 @@ def ancestry(*facts: Fact) -> Iterator[Fact]:
             seen.add(id(fact))
             stack.append((fact, True))
             stack.extend((parent, False) for parent in reversed(fact.parents))
+
+
+def settled(facts: tuple[Fact, ...], value: Callable[[Expr], Expr]) -> tuple[Fact, ...]:
+    """Every fact these rest on, in order, with the knobs in their sizes replaced by their values."""
+    done: dict[int, Fact] = {}
+    for fact in ancestry(*facts):
+        done[id(fact)] = replace(
+            fact, value=value(fact.value), parents=tuple(done[id(parent)] for parent in fact.parents)
+        )
+    return tuple(done.values())

@@ -17,8 +17,8 @@ from widthwise.derive.ops.pointwise import NONLINEARITIES
 from widthwise.derive.ops.structure import factor
 from widthwise.derive.ops.weights import operator_norm
 from widthwise.derive.optimizers import Law
-from widthwise.derive.table import Finding, Rule
-from widthwise.derive.tails import tails
+from widthwise.derive.scan_norms import near_zero, outgrown
+from widthwise.derive.table import Finding, RuleTable
 from widthwise.derive.update import Update
 
 
@@ -47,19 +47,19 @@ def sinking_norms(walk: Forward) -> Iterator[Finding]:
         yield Finding("norm-eps", where, bare, message, cure)
 
 
-def thin_starts(walk: Forward) -> Iterator[Finding]:
+def near_zero_norms(walk: Forward) -> Iterator[Finding]:
     """What a norm divides by is nearest to zero at the first tokens of a sequence, in one of many heads."""
-    for tail in tails(walk):
-        scan, norm = tail.scan, tail.norm
+    for each in near_zero(walk):
+        scan, norm = each.scan, each.norm
+        q, k, v = scan.inputs[:3]
         yield Finding(
             "norm-tail",
             scan.output,
-            tail.exponent,
-            f"{scan.output} of a sequence's first token is {scan.inputs[2]} times one inner product "
-            f"{scan.inputs[0]}·{scan.inputs[1]}, which no mean keeps from zero, and {norm.output} divides by it: over "
-            f"{tail.beside} (and layers, and sequences) the smallest of N is 1/N of the typical one, so the largest "
-            f"gradients through the norm grow as N, here {n_to(tail.exponent)}, until its eps {norm.attrs['eps']:g} "
-            "ends it",
+            each.exponent,
+            f"{scan.output} of a sequence's first token is {v} times one inner product {q}·{k}, which may be near "
+            f"zero, and {norm.output} divides by it. Of N such products (one a head, layer and sequence) the smallest "
+            f"is 1/N of a typical one; the largest gradient through the norm grows with their number, "
+            f"{n_to(each.exponent)}, until the norm's eps ({norm.attrs['eps']:g}) stops it",
             f"a norm eps near the typical mean square of {norm.inputs[0]}, say a third of it (measured: "
             "docs/results/transfer.md)",
         )
@@ -180,10 +180,11 @@ def short_lived(walk: Backward, updates: Mapping[str, Update], law: Law) -> Iter
     """A gain shared along a growing axis sums what it scales times its gradient: incoherent at initialization. But the
     first step of a linear map behind it, ΔW ∝ g xᵀ, sends back ΔWᵀg ∝ (gᵀg) x, which follows x itself, and so coheres
     with everything that scales x (a norm between would take just that part away)."""
-    for node in walk.graph.ordered:
+    begins = walk.assume.forward_backward == "symmetry" and walk.assume.regime != "throughout"
+    for node in walk.graph.ordered if begins else ():
         for role, other in (node.inputs, node.inputs[::-1]) if node.op == "einsum" else ():
             reader = _linear_behind(walk.forward, node.output)
-            if role not in updates or reader is None or walk.assume.forward_backward != "symmetry":
+            if role not in updates or reader is None:
                 continue
             over = summed(node.shape, walk.graph.shapes[other], walk.graph.shapes[role])
             gradient = walk.gradients[node.output]
@@ -206,13 +207,14 @@ def short_lived(walk: Backward, updates: Mapping[str, Update], law: Law) -> Iter
 
 def _linear_behind(walk: Forward, tensor: str) -> str | None:
     """The first weight of a linear map that reads a tensor, through nothing that would fix the tensor's scale."""
-    for reader, slot in walk.graph.consumers(tensor):
-        if reader.op == "linear":
-            return reader.inputs[1] if slot == 0 else None
-        if reader.op in ("einsum", "reshape", "scale", "add", *NONLINEARITIES) and reader.op != "softmax":
-            found = _linear_behind(walk, reader.output)
-            if found is not None:
-                return found
+    passed = [tensor]
+    for name in passed:  # grows on the way
+        for reader, slot in walk.graph.consumers(name):
+            if reader.op == "linear" and slot == 0:
+                return reader.inputs[1]
+            passes = reader.op in ("einsum", "reshape", "scale", "add", *NONLINEARITIES) and reader.op != "softmax"
+            if passes and reader.output not in passed:
+                passed.append(reader.output)
     return None
 
 
@@ -247,6 +249,22 @@ def drifting_gradients(walk: Backward) -> Iterator[Finding]:
                 )
 
 
+def outgrown_norms(walk: Forward, law: Law) -> Iterator[Finding]:
+    """Steps that follow gradients move what a norm divides by faster and faster; its output turns."""
+    for each in outgrown(walk) if law.follows and walk.assume.regime != "throughout" else ():
+        scan = each.scan
+        yield Finding(
+            "norm-outgrown",
+            scan.output,
+            each.excess,
+            f"steps of {', '.join(each.roles) or 'what makes them'} move {scan.inputs[0]}·{scan.inputs[1]} coherently, "
+            f"which begins incoherent: {scan.output} changes by {n_to(each.excess)} of its size, and as "
+            f"{each.norm.output} keeps its own, it turns by more in a wider model",
+            f"lr of these {n_to(-each.excess)} slower, as with --regime throughout (measured: "
+            "docs/results/transfer.md)",
+        )
+
+
 def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
     """Where three or more factors multiply, steps that follow gradients let the channel that is ahead get away."""
     for each in channels(walk.graph) if law.follows and walk.assume.channels == "typical" else ():
@@ -262,10 +280,11 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
             )
 
 
-def other_branch(here: tuple[Rule, ...], past: tuple[Rule, ...]) -> Iterator[Finding]:
+def other_branch(here: RuleTable, past: RuleTable) -> Iterator[Finding]:
     """Rules that change past the crossovers: both branches are derived, the one below them is printed."""
-    for rule, other in zip(here, past, strict=True):
-        for knob in ("init_std", "multiplier", "lr"):
+    knobs = ("init_std", "multiplier") if here.regime == "throughout" else ("init_std", "multiplier", "lr")
+    for rule, other in zip(here.rules, past.rules, strict=True):
+        for knob in knobs:
             mine, theirs = getattr(rule, knob), getattr(other, knob)
             if mine is not None and mine != theirs:
                 yield Finding(
@@ -282,7 +301,7 @@ def collect(walk: Backward, updates: Mapping[str, Update], law: Law) -> tuple[Fi
     found: dict[tuple[str, str], Finding] = {}
     for criterion in (
         sinking_norms,
-        thin_starts,
+        near_zero_norms,
         loud_operators,
         nonlinear_means,
         off_scale_inputs,
@@ -292,6 +311,6 @@ def collect(walk: Backward, updates: Mapping[str, Update], law: Law) -> tuple[Fi
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
     trained = (*wrong_steps(updates), *short_lived(walk, updates, law), *drifting_gradients(walk))
-    for finding in (*trained, *early_channels(walk, law)):
+    for finding in (*trained, *outgrown_norms(walk.forward, law), *early_channels(walk, law)):
         found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())

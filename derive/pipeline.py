@@ -12,6 +12,7 @@ from widthwise.derive.findings import collect, other_branch
 from widthwise.derive.forward import walk_forward
 from widthwise.derive.gauge import absorbed
 from widthwise.derive.graph import Graph
+from widthwise.derive.lasting import lasting
 from widthwise.derive.optimizers import optimizer as law_of
 from widthwise.derive.parametrization import Fixed, fixed_knobs
 from widthwise.derive.rules import assemble
@@ -36,7 +37,8 @@ def derive(
         graph: a description (Builder.build() or architecture(name)).
         optimizer: sgd, adam, adamw, lion, muon, adafactor.
         assume: an assumption set, by name or as an object; ``preset`` names that of a publication instead.
-        regime: ``practical`` (below the crossovers) or ``asymptotic``.
+        regime: ``practical`` (below the crossovers), ``asymptotic`` (past them) or ``throughout`` (as practical, with
+            learning rates that hold past them too).
         parametrization: fix init and multipliers as standard, ntk, mean-field or mup have them; solve the rest.
         fix: knobs given by hand, ``{"a_proj.init_std": "-1/2"}``; the rest is solved around them.
         gauge: ``multiplier`` keeps multipliers in the forward pass; ``absorbed`` moves them into init, learning
@@ -50,7 +52,7 @@ def derive(
     table = _one_regime(graph, optimizer, assumed, fixed, gauge)
     past = in_regime(assumed, "asymptotic")
     if "asymptotic" in assumed.regimes and past != assumed:
-        table = table.with_findings(other_branch(table.rules, _one_regime(graph, optimizer, past, fixed, gauge).rules))
+        table = table.with_findings(other_branch(table, _one_regime(graph, optimizer, past, fixed, gauge)))
     return table
 
 
@@ -59,6 +61,8 @@ def _one_regime(graph: Graph, optimizer: str, assumed: Assumptions, fixed: Fixed
     forward = walk_forward(graph, assumed, fixed)
     backward = Backward(forward).run()
     updates = solve_updates(backward, law, fixed)
+    if assumed.regime == "throughout":
+        updates = lasting(backward, updates, law, fixed)
     rules = assemble(backward, law, updates)
     return RuleTable.of(
         backward, optimizer, absorbed(backward, law, rules, gauge), collect(backward, updates, law), gauge

@@ -45,8 +45,9 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
         carrying = carriers.get(role)
         if parameter is not None:
             rule = _of_parameter(walk, law, parameter, updates.get(role), carrying)
-            solved = (LR, role) not in walk.knobs.fixed
-            derived.append(_for_the_largest(rule, crowded[role]) if solved and role in crowded else rule)
+            # what holds a role back by a power of n is below what any power of ln N asks of it
+            free = (LR, role) not in walk.knobs.fixed and not (role in updates and updates[role].held)
+            derived.append(_for_the_largest(rule, crowded[role]) if free and role in crowded else rule)
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)

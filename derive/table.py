@@ -14,7 +14,7 @@ from sympy import Expr
 
 from widthwise.derive.errors import DeriveError, unknown_name
 from widthwise.derive.exponents import HALF, ZERO, at_most, largest, n_to, show
-from widthwise.derive.facts import Fact, ancestry
+from widthwise.derive.facts import Fact, settled
 from widthwise.derive.graph import atoms, extent
 from widthwise.derive.optimizers import OPTIMIZERS
 
@@ -160,7 +160,7 @@ class RuleTable:
             tuple(each.rule for each in derived),
             _tensors(walk),
             findings,
-            {each.rule.role: partial(_proof, walk, each.facts) for each in derived},
+            {each.rule.role: partial(settled, each.facts, walk.knobs.settled) for each in derived},
         )
 
     def with_findings(self, more: Iterable[Finding]) -> RuleTable:
@@ -220,16 +220,6 @@ class RuleTable:
 
     def as_dict(self) -> dict[str, Any]:
         return self.content() | {"hash": self.hash}
-
-
-def _proof(walk: Backward, facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
-    """Every fact these rest on, in order, with the knobs in their sizes replaced by their values."""
-    settled: dict[int, Fact] = {}
-    for fact in ancestry(*facts):
-        settled[id(fact)] = replace(
-            fact, value=walk.knobs.settled(fact.value), parents=tuple(settled[id(parent)] for parent in fact.parents)
-        )
-    return tuple(settled.values())
 
 
 def _global_norm(walk: Backward) -> Expr:

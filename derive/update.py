@@ -29,6 +29,7 @@ class Update:
     weight: Weight
     effects: tuple[Fact, ...]  # (size of what the step moves at lr exponent 0) for each use, for audits
     bounds: tuple[Expr, ...]
+    held: bool = False  # whether a norm behind what it makes asks for less than what it feeds tolerates
 
     @property
     def excess(self) -> Expr:

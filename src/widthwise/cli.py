@@ -57,7 +57,10 @@ def _request(command: Command) -> Command:
                 "--assume", help="assumption set: at-init (default), aligned, unaligned; under SGD largest-channel"
             ),
             click.option("--preset", help="assumptions of a publication, e.g. liu-gu-2026"),
-            click.option("--regime", help="practical (default) or asymptotic: below or past the crossovers"),
+            click.option(
+                "--regime",
+                help="practical (default): below the crossovers, asymptotic: past them, or throughout: rates for both",
+            ),
             click.option("--parametrization", help="fix init and multipliers: standard, ntk, mean-field, mup"),
             click.option(
                 "--fix",

@@ -40,7 +40,7 @@ class Training:
     checkpoint: bool = False
     compile: bool = False
     accumulate: int = 1
-    norm_eps: float | None = None  # of every norm in the model; its own where not given
+    norm_eps: float | None = None  # of every RMS norm (those of q and k are L2 norms); the model's own where not given
     validation: int = 16  # batches
     graph: bool = field(default=True, compare=False)  # on a GPU, replay steps as a CUDA graph, unless compiled
 
@@ -64,8 +64,10 @@ class Run:
     def key(self) -> str:
         content = asdict(self)
         for each in fields(Training):
-            unsaid = each.default is None and content["training"][each.name] is None  # as before there was the field
-            if unsaid or not each.compare:  # or how a run is carried out, which changes no number of it
+            # A field that came later and is not given is left out, so that results from before it are known again; and
+            # so is how a run is carried out, which changes no number of it.
+            unsaid = each.default is None and content["training"][each.name] is None
+            if unsaid or not each.compare:
                 del content["training"][each.name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -219,8 +221,10 @@ def _check(sweep: Sweep, path: Path) -> None:
         raise DeriveError(
             f"{path}: steps, batch and length must be positive, and batch a multiple of accumulate", cure="correct them"
         )
-    if training.norm_eps is not None and not training.norm_eps >= 0:
-        raise DeriveError(f"{path}: norm_eps must not be negative", cure="leave it out for the model's own")
+    if training.norm_eps is not None and not 0 <= training.norm_eps < math.inf:
+        raise DeriveError(
+            f"{path}: norm_eps must be a number, not negative nor infinite", cure="leave it out for the model's own"
+        )
     if len(set(sweep.widths)) < len(sweep.widths) or min(sweep.widths) < 1:
         raise DeriveError(
             f"{path}: widths {list(sweep.widths)} are not different positive numbers", cure="correct them"
