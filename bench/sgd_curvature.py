@@ -4,8 +4,8 @@ python bench/sgd_curvature.py > docs/results/sgd_curvature.md        # ten minut
 
 The rules give each role a rate; steps are stable while rate times curvature stays below a constant. So the Hessian is
 taken with every parameter scaled by the root of its rate (relative to the learning rate at the base width): its largest
-eigenvalue, how much of that eigenvector lies in each role, and the largest eigenvalue of single roles. With a usual eps
-of the norms, and with head dims fixed with a third of what the output norm typically reads (finding norm-tail).
+eigenvalue, how much of that eigenvector lies in each role, and the largest eigenvalue of single roles. Each scaling
+with a usual eps of the norms, and with one of a third of what the output norm typically reads (finding norm-tail).
 """
 
 import argparse

@@ -39,7 +39,7 @@ Job = tuple[str, str, float, int, int, str]
 
 
 def one(job: Job, place: str) -> tuple[Job, float | None]:
-    os.environ["CUDA_VISIBLE_DEVICES"] = place  # before anything looks for devices
+    os.environ["CUDA_VISIBLE_DEVICES"] = place  # holds for the first job of a process: later ones stay on its device
     from torch import nn
 
     from widthwise.verify.transfer import train
@@ -74,16 +74,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     places = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",") * options.jobs
-    found: dict[str, list[float | None]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     with ProcessPoolExecutor(len(places), get_context("spawn")) as pool:
         for done in as_completed(pool.submit(one, *each) for each in zip(jobs(), cycle(places))):
-            (file, _, _, width, _, which), loss = done.result()
-            found.setdefault(f"{file} {width} {which}", []).append(loss)
+            (file, _, _, width, seed, which), loss = done.result()
+            found.setdefault(f"{file} {width} {which}", {})[str(seed)] = loss
             if options.output:
                 options.output.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     print("| | " + " | ".join(WHICH) + " |\n| --- |" + " ---: |" * len(WHICH))
     for (file, _, _), width in product(SETS, WIDTHS):
-        cells = (found[f"{file} {width} {which}"] for which in WHICH)
+        cells = (found[f"{file} {width} {which}"].values() for which in WHICH)
         print(
             f"| {file}, {width} | "
             + " | ".join(f"{fmean(each):.4f}" if None not in each else "–" for each in cells)

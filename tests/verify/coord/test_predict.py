@@ -2,7 +2,7 @@
 
 import pytest
 
-from widthwise.derive import Builder, Graph, derive
+from widthwise.derive import Builder, Graph, architecture, derive
 from widthwise.verify.coord.check import coordinate_check
 from widthwise.verify.coord.described import Described
 from widthwise.verify.coord.predict import follows_gradient, predictions
@@ -30,6 +30,22 @@ def test_gradients_are_predicted_with_initial_sizes() -> None:
     assert predicted["weight gradient", "b_bias"].exponent == -1.0
     assert predicted["own step", "b in linear(h, b)"].least is None  # a sign has one size, whatever the gradient has
     assert predicted["step", "b"].exponent == -1.0
+
+
+def test_rates_that_hold_throughout_are_predicted_to_step_by_less() -> None:
+    graph = architecture("gated_deltanet")
+    early, whole = (
+        {each.key: each for each in predictions(graph, derive(graph, "sgd", regime=regime))}
+        for regime in ("practical", "throughout")
+    )
+    assert early.keys() == whole.keys()
+    slower = {name for kind, name in early if kind == "own step" and whole[kind, name] != early[kind, name]}
+    assert {name.split(" ")[0] for name in slower} == {
+        *("q_proj", "q_conv1d", "k_proj", "k_conv1d"),
+        *("a_proj", "b_proj", "A_log", "dt_bias"),
+    }
+    assert {whole["own step", name].exponent - early["own step", name].exponent for name in slower} == {-0.5}
+    assert all(whole["forward", name] == early["forward", name] for kind, name in early if kind == "forward")
 
 
 def test_steps_that_follow_the_gradient_start_smaller() -> None:
