@@ -292,7 +292,8 @@ def other_branch(here: RuleTable, past: RuleTable) -> Iterator[Finding]:
                     rule.role,
                     theirs - mine,
                     f"{knob} {n_to(mine)} below the crossovers, {n_to(theirs)} past them",
-                    "derive with --regime asymptotic for widths past the crossovers (docs/theory.md has estimates)",
+                    "derive with --regime asymptotic for widths past the crossovers (docs/theory.md has estimates), or "
+                    "throughout for rates that hold on both sides",
                 )
 
 
