@@ -121,14 +121,17 @@ def demo(data: Path | None, folder: Path, seconds: float = 60.0, console: Consol
 
 
 def _affordable(rules: ModuleType, models: ModuleType, text: Corpus, seconds: float) -> int:
-    """How many steps a run may have, judged by three steps at each width."""
+    """How many steps a run may have, judged by the fastest of five at each width: the first warms up, and whatever else
+    the machine does at that moment makes others slow."""
     cost = 0.0
     for width in (BASE, WIDE):
         model, optimizer = build(rules, models, width, True)
-        for (tokens, targets), place in zip(text.batches(BATCH, LENGTH, seed=0), range(3), strict=False):
+        times = []
+        for (tokens, targets), _ in zip(text.batches(BATCH, LENGTH, seed=0), range(5), strict=False):
             start = time.perf_counter()
             step(model, optimizer, tokens, targets)
-            cost += (time.perf_counter() - start) / 2 if place else 0.0  # the first one also warms up
+            times.append(time.perf_counter() - start)
+        cost += min(times)
     return max(10, min(500, int(seconds / (2 * cost))))
 
 
