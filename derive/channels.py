@@ -53,6 +53,25 @@ _Known = dict[tuple[str, frozenset[Dim]], tuple[str, ...]]
 """Factors by tensor and growing axes: what several read is traced back once."""
 
 
+def trained_in(graph: Graph, tensor: str) -> tuple[str, ...]:
+    """Every role whose step moves a tensor's entries one by one, back to the linear maps that make them: of a sum, what
+    any of its parts has (where :func:`channels` asks for what all have)."""
+    found: dict[str, None] = {}
+    passed = [tensor]
+    for name in passed:  # grows on the way
+        maker = graph.makers.get(name)
+        if name in graph.parameters:
+            found |= dict.fromkeys(_trained(graph, name))
+        elif maker is None or (maker.op == "einsum" and summed_by(graph, maker)):
+            continue
+        elif maker.op in ("linear", "convolution"):
+            found |= dict.fromkeys(_trained(graph, maker.inputs[1]))
+        else:
+            slots = range(len(maker.inputs)) if maker.op in ("add", "residual") else lookup(maker).entrywise
+            passed += [maker.inputs[slot] for slot in slots if maker.inputs[slot] not in passed]
+    return tuple(found)
+
+
 def _summed(graph: Graph) -> Iterator[Channels]:
     known: _Known = {}
     for node in graph.ordered:

@@ -180,8 +180,7 @@ def short_lived(walk: Backward, updates: Mapping[str, Update], law: Law) -> Iter
     """A gain shared along a growing axis sums what it scales times its gradient: incoherent at initialization. But the
     first step of a linear map behind it, ΔW ∝ g xᵀ, sends back ΔWᵀg ∝ (gᵀg) x, which follows x itself, and so coheres
     with everything that scales x (a norm between would take just that part away)."""
-    begins = walk.assume.forward_backward == "symmetry" and walk.assume.regime != "throughout"
-    for node in walk.graph.ordered if begins else ():
+    for node in walk.graph.ordered if walk.assume.forward_backward == "symmetry" else ():
         for role, other in (node.inputs, node.inputs[::-1]) if node.op == "einsum" else ():
             reader = _linear_behind(walk.forward, node.output)
             if role not in updates or reader is None:
@@ -192,7 +191,7 @@ def short_lived(walk: Backward, updates: Mapping[str, Update], law: Law) -> Iter
             update = updates[role]
             late = replace(update.weight, gradient=update.weight.gradient + gap)
             slower = law.step(update.weight).entry - law.step(late).entry
-            if slower != ZERO:
+            if slower != ZERO and not at_most(update.lr, update.allowed + slower):
                 axes = ", ".join(map(str, over))
                 yield Finding(
                     "early-branch",
@@ -201,7 +200,7 @@ def short_lived(walk: Backward, updates: Mapping[str, Update], law: Law) -> Iter
                     f"∂L/∂{role} is summed over {axes} incoherently at initialization, which its lr {n_to(update.lr)} "
                     f"rests on; from the first step of {reader} on it is coherent and {n_to(gap)} larger, because "
                     f"gradients then follow what {reader} reads, which {role} scales with no norm between",
-                    f"lr {n_to(update.lr + slower)} for more than the first steps, as with --regime asymptotic",
+                    f"lr {n_to(update.allowed + slower)} for more than the first steps, as with --regime asymptotic",
                 )
 
 
@@ -249,20 +248,23 @@ def drifting_gradients(walk: Backward) -> Iterator[Finding]:
                 )
 
 
-def outgrown_norms(walk: Forward, law: Law) -> Iterator[Finding]:
-    """Steps that follow gradients move what a norm divides by faster and faster; its output turns."""
-    for each in outgrown(walk) if law.follows and walk.assume.regime != "throughout" else ():
+def outgrown_norms(walk: Forward, updates: Mapping[str, Update], law: Law) -> Iterator[Finding]:
+    """Steps that follow gradients move what a norm divides by faster and faster; its output turns. Past the crossovers
+    training has made q·k as coherent as its changes, and rates are smaller for it."""
+    for each in outgrown(walk) if law.follows and walk.assume.regime != "asymptotic" else ():
         scan = each.scan
-        yield Finding(
-            "norm-outgrown",
-            scan.output,
-            each.excess,
-            f"steps of {', '.join(each.roles) or 'what makes them'} move {scan.inputs[0]}·{scan.inputs[1]} coherently, "
-            f"which begins incoherent: {scan.output} changes by {n_to(each.excess)} of its size, and as "
-            f"{each.norm.output} keeps its own, it turns by more in a wider model",
-            f"lr of these {n_to(-each.excess)} slower, as with --regime throughout (measured: "
-            "docs/results/transfer.md)",
-        )
+        free = [role for role in each.roles if not at_most(updates[role].lr, updates[role].allowed - each.excess)]
+        if free:
+            yield Finding(
+                "norm-outgrown",
+                scan.output,
+                each.excess,
+                f"steps of {', '.join(free)} move {scan.inputs[0]}·{scan.inputs[1]} coherently, which begins "
+                f"incoherent: {scan.output} changes by {n_to(each.excess)} of its size, and as {each.norm.output} "
+                "keeps its own, it turns by more in a wider model",
+                f"lr of these {n_to(-each.excess)} slower, as with --regime throughout, and a larger norm eps "
+                "(measured: docs/results/transfer.md)",
+            )
 
 
 def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
@@ -312,6 +314,6 @@ def collect(walk: Backward, updates: Mapping[str, Update], law: Law) -> tuple[Fi
         for finding in criterion(walk.forward):
             found.setdefault((finding.kind, finding.where), finding)
     trained = (*wrong_steps(updates), *short_lived(walk, updates, law), *drifting_gradients(walk))
-    for finding in (*trained, *outgrown_norms(walk.forward, law), *early_channels(walk, law)):
+    for finding in (*trained, *outgrown_norms(walk.forward, updates, law), *early_channels(walk, law)):
         found.setdefault((finding.kind, finding.where), finding)
     return tuple(found.values())

@@ -20,7 +20,7 @@ from widthwise.derive.exponents import ZERO, n_to, smallest
 from widthwise.derive.facts import Fact, settled
 from widthwise.derive.forward import walk_forward
 from widthwise.derive.optimizers import Law
-from widthwise.derive.scan_norms import outgrown
+from widthwise.derive.scan_norms import Outgrown, outgrown
 from widthwise.derive.update import LR, Update, solve_updates
 
 Fixed = Mapping[tuple[str, str], Expr]
@@ -31,37 +31,36 @@ def lasting(early: Backward, updates: Mapping[str, Update], law: Law, fixed: Fix
     past = in_regime(early.assume, "asymptotic")
     late = Backward(walk_forward(early.graph, past, fixed)).run()
     later = {role: update.binding for role, update in solve_updates(late, law, fixed).items()}
-    held = {role: each for each in outgrown(early.forward) for role in each.roles} if law.follows else {}
     found = {}
     for role, update in updates.items():
         *_, binding = settled((later[role],), late.knobs.settled)  # its facts are of another walk
         rates = [update.binding, replace(binding, because=f"past the crossovers: {binding.because}")]
-        if role in held:
-            norm = held[role]
-            rates.append(
-                Fact(
-                    update.binding.subject,
-                    update.lr - norm.excess,
-                    f"its steps move {norm.scan.inputs[0]}·{norm.scan.inputs[1]} coherently, {n_to(norm.excess)} more "
-                    f"than it is as training begins, in front of {norm.norm.output}",
-                    (update.binding,),
-                )
-            )
-        found[role] = update if (LR, role) in fixed else _slowed(update, rates, law)
+        holds = [_hold(update, norm) for norm in outgrown(early.forward) if law.follows and role in norm.roles]
+        found[role] = update if (LR, role) in fixed else _slowed(update, rates, holds, law)
     return found
 
 
-def _slowed(update: Update, rates: list[Fact], law: Law) -> Update:
-    lr = smallest(rate.value for rate in rates)
+def _hold(update: Update, norm: Outgrown) -> Fact:
+    return Fact(
+        update.binding.subject,
+        update.lr - norm.excess,
+        f"its steps move {norm.scan.inputs[0]}·{norm.scan.inputs[1]} coherently, {n_to(norm.excess)} more than it is "
+        f"as training begins, in front of {norm.norm.output}",
+        (update.binding,),
+    )
+
+
+def _slowed(update: Update, rates: list[Fact], holds: list[Fact], law: Law) -> Update:
+    lr = smallest(rate.value for rate in rates + holds)
     slower = lr - update.lr
     if slower == ZERO:
         return update
-    binding = next((rate for rate in rates if rate.value == lr), rates[0])
+    binding = next((rate for rate in rates + holds if rate.value == lr), None)
     return replace(
         update,
         lr=lr,
         weight_decay=law.decay.exponent(update.weight, lr),
-        held=rates[2:] == [binding],
-        binding=binding if binding.value == lr else replace(binding, value=lr, because="the smallest of several"),
-        bounds=tuple(bound + slower for bound in update.bounds),
+        binding=binding or Fact(update.binding.subject, lr, "the smallest of several", (*rates, *holds)),
+        slower=slower,
+        held=binding in holds,
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from sympy import Expr
 
-from widthwise.derive.channels import channels, summed_by
+from widthwise.derive.channels import summed_by, trained_in
 from widthwise.derive.exponents import HALF, ONE, ZERO, at_most
 from widthwise.derive.forward import Forward
 from widthwise.derive.graph import Dim, Graph, Group, Node, atoms, extent
@@ -43,7 +43,7 @@ class NearZero:
 
 @dataclass(frozen=True)
 class Outgrown:
-    """A norm of a scan's output that steps move by ``excess`` more than its size, and the roles whose steps do so."""
+    """A norm of a scan's output that steps move by n^``excess`` times its size, and the roles whose steps do so."""
 
     scan: Node
     norm: Node
@@ -62,15 +62,14 @@ def near_zero(walk: Forward) -> Iterator[NearZero]:
 
 def outgrown(walk: Forward) -> Iterator[Outgrown]:
     """Every norm of a scan's output whose q·k begins incoherent and is moved coherently."""
-    normed = list(_normed(walk.graph))
-    factors = {each.at: each.roles for each in channels(walk.graph)} if normed else {}
-    for scan, norm in normed:
+    for scan, norm in _normed(walk.graph):
         q, k = walk.inputs(scan)[:2]
         keys = _keys(walk.graph, scan)
         moved = product_change(walk, q, k, keys)
         begun = contract(q.init, k.init, keys, walk.assume.activations, walk.assume.nonlinear_mean).signal.size
         if moved is not None and not at_most(moved, begun):
-            yield Outgrown(scan, norm, factors.get(scan.output, ()), moved - begun)
+            roles = (role for name in scan.inputs[:2] for role in trained_in(walk.graph, name))
+            yield Outgrown(scan, norm, tuple(dict.fromkeys(roles)), moved - begun)
 
 
 def _normed(graph: Graph) -> Iterator[tuple[Node, Node]]:

@@ -29,12 +29,19 @@ class Update:
     weight: Weight
     effects: tuple[Fact, ...]  # (size of what the step moves at lr exponent 0) for each use, for audits
     bounds: tuple[Expr, ...]
-    held: bool = False  # whether a norm behind what it makes asks for less than what it feeds tolerates
+    slower: Expr = ZERO  # how far lr was put below what this walk allows
+    held: bool = False  # whether that is for the sake of a norm behind q·k
+
+    @property
+    def allowed(self) -> Expr:
+        """The learning rate at which no use is moved by more than it tolerates, whatever was fixed or slowed."""
+        return smallest(bound - effect.value for effect, bound in zip(self.effects, self.bounds, strict=True))
 
     @property
     def excess(self) -> Expr:
         """How far the step goes beyond what is tolerated, at the use that feels it most: zero unless lr was fixed."""
-        return largest(self.lr + effect.value - bound for effect, bound in zip(self.effects, self.bounds, strict=True))
+        lr = self.lr - self.slower
+        return largest(lr + effect.value - bound for effect, bound in zip(self.effects, self.bounds, strict=True))
 
 
 def weight_of(walk: Backward, parameter: Parameter) -> Weight:

@@ -2,8 +2,10 @@
 
     python bench/transfer/vertex_noise.py docs/results/transfer/head-dim-fixed-sgd.jsonl
 
-First what two seeds of one rule differ by (once their mean difference is taken off, over √2), then each width's vertex
-and its shift from the base width, ± the standard deviation over draws.
+First what two seeds of one rule differ by within an octave of the lowest loss (once their mean difference is taken off,
+over √2), then each width's vertex and its shift from the base width, ± the standard deviation over draws; and the same
+shift by other fits: through the lowest point and its two neighbours alone, and over the learning rates alone that every
+seed of both widths has.
 """
 
 from __future__ import annotations
@@ -45,6 +47,26 @@ def spread(curve: Curve, noise: float) -> float:
     return stdev(drawn)
 
 
+def three_points(curve: Curve) -> float:
+    """The vertex of the parabola through the lowest point and its neighbours; that point where it has but one."""
+    if curve.at_edge:
+        return math.log2(curve.lrs[curve.best])
+    at = [math.log2(lr) for lr in curve.lrs[curve.best - 1 : curve.best + 2]]
+    low, here, high = curve.losses[curve.best - 1 : curve.best + 2]
+    left, right = (here - low) / (at[1] - at[0]), (high - here) / (at[2] - at[1])
+    return (at[0] + at[1]) / 2 - left * (at[2] - at[0]) / 2 / (right - left)
+
+
+def in_common(*curves: Curve) -> list[Curve]:
+    """The curves over the learning rates that all their seeds have."""
+    rows = [row for curve in curves for row in curve.by_seed.values()]
+    lrs = tuple(sorted(set.intersection(*(set(row) for row in rows))))
+    return [
+        Curve(each.parametrization, each.width, lrs, {k: {lr: v[lr] for lr in lrs} for k, v in each.by_seed.items()})
+        for each in curves
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
@@ -56,7 +78,8 @@ def main() -> None:
     for (name, width), curve in sorted(found.items()):
         if len(curve.by_seed) > 1:
             one, other = (curve.by_seed[seed] for seed in sorted(curve.by_seed)[:2])
-            differences = [one[lr] - other[lr] for lr in one if lr in other]
+            near = [lr for lr in one if lr in other and abs(math.log2(lr / curve.lrs[curve.best])) < 1.01]
+            differences = [one[lr] - other[lr] for lr in near]
             print(f"{name}, {width}: two seeds differ by {stdev(differences) / math.sqrt(2):.4f}")
     base = next(curve for (_, width), curve in found.items() if width == options.base)
     at_base = spread(base, options.noise)
@@ -65,7 +88,14 @@ def main() -> None:
         if width != options.base:
             here, shift = spread(curve, options.noise), curve.optimum - base.optimum
             error = math.hypot(here, at_base)
-            print(f"{name}, {width}: {curve.optimum:+.2f} ± {here:.2f}, shift {shift:+.2f} ± {error:.2f}")
+            begun, ended = in_common(base, curve)
+            others = (
+                f"by three points {three_points(curve) - three_points(base):+.2f}, over common rates "
+                f"{ended.optimum - begun.optimum:+.2f}"
+                if len(begun.lrs) > 2
+                else ""
+            )
+            print(f"{name}, {width}: {curve.optimum:+.2f} ± {here:.2f}, shift {shift:+.2f} ± {error:.2f}; {others}")
 
 
 if __name__ == "__main__":

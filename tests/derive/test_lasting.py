@@ -2,7 +2,7 @@
 
 import pytest
 
-from widthwise.derive import DeriveError, RuleTable, architecture, derive
+from widthwise.derive import Builder, DeriveError, RuleTable, architecture, derive
 from widthwise.derive.exponents import HALF, ZERO, at_most, show
 
 HELD = {"q_proj", "q_conv1d", "k_proj", "k_conv1d"}
@@ -105,3 +105,65 @@ def test_what_the_late_branch_slows_keeps_its_logarithm() -> None:
 def test_sets_without_two_branches_have_no_such_rates() -> None:
     with pytest.raises(DeriveError, match="contradicts the throughout regime"):
         derive(architecture("mlp"), "sgd", "aligned", regime="throughout")
+
+
+def kinds(table: RuleTable) -> set[tuple[str, str]]:
+    return {(each.kind, each.where) for each in table.findings}
+
+
+@pytest.mark.parametrize("regime", ["practical", "throughout"])
+def test_rates_fixed_too_large_are_told(regime: str) -> None:
+    table = derive(architecture("gated_deltanet"), "sgd", regime=regime, fix={"q_proj.lr": "0"})
+    (finding,) = (each for each in table.findings if each.kind == "norm-outgrown")
+    assert ("steps of q_proj move" in finding.message) == (regime == "throughout")  # the others are held
+    graph = architecture("gated_deltanet", scaling="head-dim-fixed")
+    assert ("early-branch", "o_norm") in kinds(derive(graph, "sgd", regime=regime, fix={"o_norm.lr": "1/2"}))
+
+
+def test_rates_fixed_as_small_as_they_have_to_be_are_not() -> None:
+    fix = {"q_proj.lr": "-1/2", "k_proj.lr": "-1/2", "q_conv1d.lr": "1/2", "k_conv1d.lr": "1/2"}
+    assert ("norm-outgrown", "o") not in kinds(derive(architecture("gated_deltanet"), "sgd", fix=fix))
+    graph = architecture("gated_deltanet", scaling="head-dim-fixed")
+    assert ("early-branch", "o_norm") not in kinds(derive(graph, "sgd", fix={"o_norm.lr": "0"}))
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "gated_linear_attention"])
+def test_past_the_crossovers_training_has_made_the_product_coherent(name: str) -> None:
+    graph = architecture(name, **({"activation": False} if name == "gated_deltanet" else {}))
+    assert ("norm-outgrown", "o") in kinds(derive(graph, "sgd"))
+    late, whole = (derive(graph, "sgd", regime=each) for each in ("asymptotic", "throughout"))
+    assert ("norm-outgrown", "o") not in kinds(late) | kinds(whole)
+    assert rates(late)["q_proj"] == rates(whole)["q_proj"] == "-1/2"
+
+
+def two_scans(*, second: bool) -> RuleTable:
+    """Keys that are a sum of two maps, and, where there is a second scan, a norm behind it as well."""
+    g = Builder("two scans")
+    n, d_k, d_v = g.dim("n", 1), g.dim("d_k", 1), g.dim("d_v", 1)
+    x = g.linear(g.input("x", g.dim("features")), "first", n)
+    q = g.norm(g.linear(x, "q", d_k), kind="l2_norm")
+    k = g.norm(g.add(g.linear(x, "k_one", d_k), g.linear(x, "k_two", d_k)), kind="l2_norm")
+    y = g.norm(g.scan(q, k, g.linear(x, "v", d_v), output="o"), "gain")
+    if second:
+        y = g.add(y, g.norm(g.scan(q, q, g.linear(x, "w", d_v), output="p"), "other"))
+    g.cross_entropy(g.readout(g.linear(y, "last", n), "head", g.dim("classes")))
+    return derive(g.build(), "sgd", regime="throughout")
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_every_summand_is_held_and_the_tightest_norm_counts(second: bool) -> None:
+    table = two_scans(second=second)
+    assert ("norm-outgrown", "o") not in kinds(table)
+    for role in ("q", "k_one", "k_two"):
+        assert table.rule(role).lr == -HALF
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "deltanet", "gated_linear_attention", "mamba2", "transformer"])
+@pytest.mark.parametrize("scaling", ["heads-fixed", "head-dim-fixed"])
+def test_late_rates_are_those_of_the_model_as_it_begins(name: str, scaling: str) -> None:
+    """What throughout rests on: past the crossovers multipliers may differ, but rates do not."""
+    graph = architecture(name, scaling=scaling)
+    begun = derive(graph, "sgd")
+    fix = {f"{rule.role}.init_std": rule.init_std for rule in begun.rules if rule.init_std is not None}
+    fix |= {f"{rule.role}.multiplier": rule.multiplier for rule in begun.rules if rule.multiplier}
+    assert rates(derive(graph, "sgd", regime="asymptotic", fix=fix)) == rates(derive(graph, "sgd", regime="asymptotic"))
