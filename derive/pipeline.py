@@ -37,8 +37,8 @@ def derive(
         graph: a description (Builder.build() or architecture(name)).
         optimizer: sgd, adam, adamw, lion, muon, adafactor.
         assume: an assumption set, by name or as an object; ``preset`` names that of a publication instead.
-        regime: ``practical`` (below the crossovers), ``asymptotic`` (past them) or ``throughout`` (as practical, with
-            learning rates that hold past them too).
+        regime: ``practical`` (below the crossovers), ``asymptotic`` (past them) or ``throughout`` (as practical, with,
+            of each role, the smallest learning rate that holds at any time in training).
         parametrization: fix init and multipliers as standard, ntk, mean-field or mup have them; solve the rest.
         fix: knobs given by hand, ``{"a_proj.init_std": "-1/2"}``; the rest is solved around them.
         gauge: ``multiplier`` keeps multipliers in the forward pass; ``absorbed`` moves them into init, learning
