@@ -30,12 +30,15 @@ def lasting(early: Backward, updates: Mapping[str, Update], law: Law, fixed: Fix
     """The updates of a model as it begins, with learning rates that hold from the first step to the last."""
     past = in_regime(early.assume, "asymptotic")
     late = Backward(walk_forward(early.graph, past, fixed)).run()
-    later = {role: update.binding for role, update in solve_updates(late, law, fixed).items()}
+    later = solve_updates(late, law, fixed)
+    norms = list(outgrown(early.forward)) if law.follows else []
     found = {}
     for role, update in updates.items():
-        *_, binding = settled((later[role],), late.knobs.settled)  # its facts are of another walk
-        rates = [update.binding, replace(binding, because=f"past the crossovers: {binding.because}")]
-        holds = [_hold(update, norm) for norm in outgrown(early.forward) if law.follows and role in norm.roles]
+        rates = [update.binding]
+        if later[role].lr != update.lr:
+            *_, binding = settled((later[role].binding,), late.knobs.settled)  # its facts are of another walk
+            rates.append(replace(binding, because=f"past the crossovers: {binding.because}"))
+        holds = [_hold(update, norm) for norm in norms if role in norm.roles]
         found[role] = update if (LR, role) in fixed else _slowed(update, rates, holds, law)
     return found
 
