@@ -49,10 +49,6 @@ def slower(graph: Graph) -> dict[str, Channels]:
     return found
 
 
-_Known = dict[tuple[str, frozenset[Dim]], tuple[str, ...]]
-"""Factors by tensor and growing axes: what several read is traced back once."""
-
-
 def trained_in(graph: Graph, tensor: str) -> tuple[str, ...]:
     """Every role whose step moves a tensor's entries one by one, back to the linear maps that make them: of a sum, what
     any of its parts has (where :func:`channels` asks for what all have)."""
@@ -70,6 +66,10 @@ def trained_in(graph: Graph, tensor: str) -> tuple[str, ...]:
             slots = range(len(maker.inputs)) if maker.op in ("add", "residual") else lookup(maker).entrywise
             passed += [maker.inputs[slot] for slot in slots if maker.inputs[slot] not in passed]
     return tuple(found)
+
+
+_Known = dict[tuple[str, frozenset[Dim]], tuple[str, ...]]
+"""Factors by tensor and growing axes: what several read is traced back once."""
 
 
 def _summed(graph: Graph) -> Iterator[Channels]:

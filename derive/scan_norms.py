@@ -22,8 +22,9 @@ from sympy import Expr
 from widthwise.derive.channels import summed_by, trained_in
 from widthwise.derive.exponents import HALF, ONE, ZERO, at_most
 from widthwise.derive.forward import Forward
-from widthwise.derive.graph import Dim, Graph, Group, Node, atoms, extent
+from widthwise.derive.graph import Graph, Group, Node, atoms, extent
 from widthwise.derive.ops.einsum import product_change
+from widthwise.derive.ops.scan import key_axis
 from widthwise.derive.signal import contract
 
 
@@ -64,7 +65,7 @@ def outgrown(walk: Forward) -> Iterator[Outgrown]:
     """Every norm of a scan's output whose q·k begins incoherent and is moved coherently."""
     for scan, norm in _normed(walk.graph):
         q, k = walk.inputs(scan)[:2]
-        keys = _keys(walk.graph, scan)
+        keys = key_axis(walk, scan)
         moved = product_change(walk, q, k, keys)
         begun = contract(q.init, k.init, keys, walk.assume.activations, walk.assume.nonlinear_mean).signal.size
         if moved is not None and not at_most(moved, begun):
@@ -96,15 +97,11 @@ def _scan_before(graph: Graph, tensor: str) -> Node | None:
     return None
 
 
-def _keys(graph: Graph, scan: Node) -> tuple[Dim, ...]:
-    return atoms(graph.shapes[scan.inputs[0]])[-1:]
-
-
 def _concentrated(walk: Forward, scan: Node) -> bool:
     """Whether the terms of q·k, before training, share a sign: then it has a mean, beside which its spread is small. On
     an axis that does not grow a mean counts from its crossover on, whatever the regime."""
     q, k = (state.init for state in walk.inputs(scan)[:2])
-    (axis,) = _keys(walk.graph, scan)
+    (axis,) = key_axis(walk, scan)
     means = "crossover" if axis.exponent == ZERO else walk.assume.nonlinear_mean
     product = contract(q, k, (replace(axis, exponent=ONE),), "symmetry", means).signal
     return not at_most(product.size, q.size + k.size + HALF)

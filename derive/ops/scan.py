@@ -51,7 +51,8 @@ def _gates(walk: Forward | Backward, node: Node) -> tuple[State | None, State | 
     return decay, rest.pop(0) if node.attrs["strength"] else None
 
 
-def _key_axis(walk: Forward | Backward, node: Node) -> tuple[Dim, ...]:
+def key_axis(walk: Forward | Backward, node: Node) -> tuple[Dim, ...]:
+    """The axis that q·k sums."""
     return atoms(walk.graph.shapes[node.inputs[0]])[-1:]
 
 
@@ -72,7 +73,7 @@ def _check_keys(walk: Forward, node: Node, k: State, strength: State | None) -> 
     """Erasing along a key is a contraction only while β‖k‖² stays Θ(1)."""
     if strength is None or not node.attrs["erase"]:
         return
-    length = k.init.size + extent(_key_axis(walk, node)) * HALF
+    length = k.init.size + extent(key_axis(walk, node)) * HALF
     if not at_most(strength.init.size + 2 * length, ZERO):
         raise DeriveError(
             f"the scan erases along keys {node.inputs[1]!r} of length {n_to(length)}: its state diverges",
@@ -87,7 +88,7 @@ def _forward(walk: Forward, node: Node) -> State:
     q, k, v = walk.inputs(node)[:3]
     _, strength = _gates(walk, node)
     _check_keys(walk, node, k, strength)
-    over = _key_axis(walk, node)
+    over = key_axis(walk, node)
     scores, because = walk.contract(node, q.init, k.init, over)
     out = contract(scores, v.init, (), "symmetry").signal.shifted(node.attrs["power"])
     if strength is not None:
@@ -135,7 +136,7 @@ def _backward(walk: Backward, node: Node, gradient: Signal) -> list[Piece]:
     decay, strength = _gates(walk, node)
     shape_of = walk.graph.shapes
     names = node.inputs
-    keys = _key_axis(walk, node)
+    keys = key_axis(walk, node)
     gradient = gradient.shifted(node.attrs["power"])
     written = gradient.shifted(strength.init.size) if strength is not None else gradient
     scores, by_keys = walk.product(q, k, keys)
