@@ -11,30 +11,18 @@ seed of both widths has.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
-from collections import defaultdict
 from pathlib import Path
 from statistics import stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from widthwise.verify.transfer.metrics import Curve
+from widthwise.verify.transfer.metrics import Curve, curves
+from widthwise.verify.transfer.results import Results
 
 DRAWS = 300
-
-
-def curves(path: Path) -> dict[tuple[str, int], Curve]:
-    rows: dict[tuple[str, int], dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
-    for line in path.read_text().splitlines():
-        run = json.loads(line)
-        rows[run["parametrization"], run["width"]][run["seed"]][run["lr"]] = run["loss"] or math.inf
-    return {
-        key: Curve(*key, tuple(sorted({lr for row in seeds.values() for lr in row})), seeds)
-        for key, seeds in rows.items()
-    }
 
 
 def spread(curve: Curve, noise: float) -> float:
@@ -74,7 +62,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.007, help="nats, of a loss (of the mean over seeds)")
     options = parser.parse_args()
     random.seed(0)
-    found = curves(options.sweep)
+    found = {(each.parametrization, each.width): each for each in curves(Results(options.sweep).load().values())}
     for (name, width), curve in sorted(found.items()):
         if len(curve.by_seed) > 1:
             one, other = (curve.by_seed[seed] for seed in sorted(curve.by_seed)[:2])

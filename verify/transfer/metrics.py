@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+FLAT = 0.01
+"""Nats above the lowest loss up to which a curve is called flat: what transfer may cost here."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -77,6 +80,24 @@ class Curve:
             return best
         return best - slope / (2 * bend)
 
+    @property
+    def flat(self) -> tuple[float, float]:
+        """log2 of the learning rates around the lowest point between which the loss, interpolated, is at most FLAT
+        above it; infinite where the grid ends first, so that how far it is flat is not known."""
+        return self._flat_to(-1), self._flat_to(1)
+
+    def _flat_to(self, way: int) -> float:
+        ceiling = self.losses[self.best] + FLAT
+        here = self.best
+        while 0 <= here + way < len(self.lrs):
+            if self.losses[here + way] > ceiling:
+                at, beyond = math.log2(self.lrs[here]), math.log2(self.lrs[here + way])
+                return at + (beyond - at) * (ceiling - self.losses[here]) / (
+                    self.losses[here + way] - self.losses[here]
+                )
+            here += way
+        return way * math.inf
+
     def alone(self, seed: int) -> Curve:
         """The curve of one of its seeds."""
         row = self.by_seed[seed]
@@ -91,9 +112,10 @@ class Curve:
 class Transfer:
     """From the base width to another: ``shift`` of the optimum in octaves, ``regret`` in nats (the loss at the base
     width's best learning rate, less the best of the grid), both with standard errors over seeds, NaN where there is
-    one; ``beyond`` where the grid ends before that learning rate, and the regret is that of its nearest end, which is
-    less if the loss rises on; ``sensitivity`` (the rise of the loss one octave off the optimum, the mean of
-    both sides)."""
+    one; ``flat`` the range, in octaves from the base width's best learning rate, in which the loss is at most FLAT
+    above the lowest, infinite where the grid ends before; ``beyond`` where the grid ends before that learning rate, and
+    the regret is that of its nearest end, which is less if the loss rises on; ``sensitivity`` (the rise of the loss one
+    octave off the optimum, the mean of both sides)."""
 
     parametrization: str
     width: int
@@ -103,6 +125,7 @@ class Transfer:
     shift_error: float
     regret: float
     regret_error: float
+    flat: tuple[float, float]
     beyond: bool
     sensitivity: float
     at_edge: bool
@@ -115,8 +138,8 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """All curves of a results file. A parametrization without runs of its own at the base width has those of another
-    one of the same model (of the same options), as they are the same."""
+    """All curves of a results file. At the base width all parametrizations of one model (of the same options) are the
+    same, so that each has there what any of them was run at."""
     points: dict[tuple[str, int], dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     models: dict[str, str] = {}  # by parametrization
     base = 0
@@ -125,13 +148,16 @@ def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
         points[entry["parametrization"], entry["width"]][entry["seed"]][entry["lr"]] = loss
         models[entry["parametrization"]] = repr(entry.get("request", {}).get("options", ()))
         base = entry["sizes"]["width"]
-    owners = {model: name for name, model in reversed(models.items()) if (name, base) in points}
+    shared: dict[str, dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for name, model in models.items():
-        if (name, base) not in points and model in owners:
-            points[name, base] = points[owners[model], base]
+        for seed, row in points[name, base].items():
+            shared[model][seed] |= row
+    for name, model in models.items():
+        points[name, base] = shared[model]
     return [
         Curve(name, width, tuple(sorted({lr for row in by_seed.values() for lr in row})), by_seed)
         for (name, width), by_seed in sorted(points.items())
+        if by_seed
     ]
 
 
@@ -159,6 +185,7 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                     _shift_error(curve, base),
                     regret,
                     error,
+                    (curve.flat[0] - math.log2(tuned), curve.flat[1] - math.log2(tuned)),
                     nearest != tuned,
                     _sensitivity(curve),
                     curve.at_edge,

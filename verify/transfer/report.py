@@ -12,7 +12,16 @@ from rich.table import Table
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer.metrics import Curve, Transfer, curves, transfers
 
-HEADINGS = ("parametrization", "width", "best lr", "loss there", "shift, octaves", "regret, nats", "one octave off")
+HEADINGS = (
+    "parametrization",
+    "width",
+    "best lr",
+    "loss there",
+    "shift, octaves",
+    "flat, octaves",
+    "regret, nats",
+    "one octave off",
+)
 
 
 def rows(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -20,7 +29,7 @@ def rows(entries: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     entries = list(entries)
     found = {(each.parametrization, each.width): _row(each) for each in transfers(entries)}
     for curve in curves(entries):
-        nothing = curve.parametrization, str(curve.width), "·", "all diverged", "·", "·", "·"
+        nothing = curve.parametrization, str(curve.width), "·", "all diverged", "·", "·", "·", "·"
         found.setdefault((curve.parametrization, curve.width), nothing)
     return [found[key] for key in sorted(found)]
 
@@ -33,6 +42,7 @@ def _row(each: Transfer) -> tuple[str, ...]:
         f"{each.best_lr:.4g}{edge}",
         f"{each.best_loss:.4f}",
         f"{each.shift:+.2f}{_error(each.shift_error, 2)}",
+        " to ".join(f"{end:+.2f}" if math.isfinite(end) else "·" for end in each.flat),
         _regret(each),
         "·" if math.isnan(each.sensitivity) else f"{each.sensitivity:.4f}",
     )

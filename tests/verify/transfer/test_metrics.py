@@ -59,6 +59,23 @@ def test_shift_and_regret_are_those_of_transferring_from_the_base() -> None:
     assert found[64].sensitivity == pytest.approx(0.1)
 
 
+def test_a_flat_curve_says_how_far_it_is_flat() -> None:
+    found = {each.width: each for each in transfers(entries(64, -4.0, 2.0) + entries(256, -5.25, 1.8))}
+    # half an octave off the parabola is 0.025 up, of which 0.01 is two fifths; at -5.25 two points are lowest alike
+    assert found[64].flat == pytest.approx((-0.2, 0.2))
+    low, high = found[256].flat
+    assert (low, high) == pytest.approx((-1.6, -0.9))
+    assert low < found[256].shift < high
+    row = next(row for row in report.rows(entries(64, -4.0, 2.0)))
+    assert row[5] == "-0.20 to +0.20"
+
+
+def test_how_far_a_curve_is_flat_past_the_end_of_its_grid_is_not_known() -> None:
+    found = {each.width: each for each in transfers(entries(64, -4.0, 2.0) + entries(256, 0.1, 1.8))}
+    assert found[256].flat == (pytest.approx(4 - 0.5 * 2 / 7), math.inf)  # from 0.001 to 0.036, of which 0.01 is 2/7
+    assert report.rows(entries(256, 0.1, 1.8))[0][5].endswith(" to ·")
+
+
 def test_errors_come_from_differences_seed_by_seed() -> None:
     found = {each.width: each for each in transfers(entries(64, -4, 2, seeds=3) + entries(256, -5, 2, seeds=3))}
     assert found[256].shift_error == pytest.approx(0, abs=1e-9)  # every seed's optima lie as far apart
@@ -76,6 +93,18 @@ def test_a_seed_with_few_learning_rates_does_not_bend_the_curve() -> None:
     assert few.optimum == pytest.approx(-4)
     assert few.rise(2.0**-4.5) == pytest.approx(whole.rise(2.0**-4.5), abs=1e-9)
     assert math.isnan(few.rise(2.0**-6)[1])  # where there is one seed
+
+
+def test_runs_at_the_base_width_are_everyones() -> None:
+    rows = entries(64, -4.0, 2.0, seeds=2)
+    other = [row | {"parametrization": "theirs"} for row in rows if row["seed"] == 1]
+    mixed = [row for row in rows if row["seed"] == 0] + other + entries(256, -4.0, 1.8, name="theirs")
+    assert all(curve.by_seed.keys() == {0, 1} for curve in curves(mixed) if curve.width == 64)
+    assert [(curve.parametrization, curve.width) for curve in curves(mixed)] == [
+        ("ours", 64),
+        ("theirs", 64),
+        ("theirs", 256),
+    ]
 
 
 def test_another_model_has_a_base_of_its_own() -> None:
