@@ -45,13 +45,13 @@ def three_points(curve: Curve) -> float:
     return (at[0] + at[1]) / 2 - left * (at[2] - at[0]) / 2 / (right - left)
 
 
-def in_common(*curves: Curve) -> list[Curve]:
+def in_common(*several: Curve) -> list[Curve]:
     """The curves over the learning rates that all their seeds have."""
-    rows = [row for curve in curves for row in curve.by_seed.values()]
+    rows = [row for curve in several for row in curve.by_seed.values()]
     lrs = tuple(sorted(set.intersection(*(set(row) for row in rows))))
     return [
         Curve(each.parametrization, each.width, lrs, {k: {lr: v[lr] for lr in lrs} for k, v in each.by_seed.items()})
-        for each in curves
+        for each in several
     ]
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -29,12 +29,13 @@ class Curve:
     @cached_property
     def losses(self) -> tuple[float, ...]:
         """Means over seeds, as if each had all learning rates: a seed's share is what it is off the fullest one where
-        both have a loss, so that one with few learning rates does not bend the curve."""
+        both have a loss, in the median, so that one with few learning rates does not bend the curve, nor one that is
+        far off at a rate where seeds part."""
         fullest = max(sorted(self.by_seed), key=lambda seed: len(self.by_seed[seed]))
         off = {}
         for seed, row in self.by_seed.items():
             differences = [loss - self.by_seed[fullest].get(lr, math.nan) for lr, loss in row.items()]
-            off[seed] = mean([each for each in differences if math.isfinite(each)] or [0.0])
+            off[seed] = median([each for each in differences if math.isfinite(each)] or [0.0])
         shared = mean(off.values())
         return tuple(
             shared + mean(row[lr] - off[seed] for seed, row in self.by_seed.items() if lr in row) for lr in self.lrs
@@ -83,18 +84,18 @@ class Curve:
     @property
     def flat(self) -> tuple[float, float]:
         """log2 of the learning rates around the lowest point between which the loss, interpolated, is at most FLAT
-        above it; infinite where the grid ends first, so that how far it is flat is not known."""
+        above it, up to where it first rises above (a rate that diverged is no end: the last before it is); infinite
+        where the grid ends first, so that how far the curve is flat is not known."""
         return self._flat_to(-1), self._flat_to(1)
 
     def _flat_to(self, way: int) -> float:
         ceiling = self.losses[self.best] + FLAT
         here = self.best
         while 0 <= here + way < len(self.lrs):
+            rise = self.losses[here + way] - self.losses[here]
             if self.losses[here + way] > ceiling:
                 at, beyond = math.log2(self.lrs[here]), math.log2(self.lrs[here + way])
-                return at + (beyond - at) * (ceiling - self.losses[here]) / (
-                    self.losses[here + way] - self.losses[here]
-                )
+                return at + (beyond - at) * (ceiling - self.losses[here]) / rise
             here += way
         return way * math.inf
 
@@ -112,10 +113,10 @@ class Curve:
 class Transfer:
     """From the base width to another: ``shift`` of the optimum in octaves, ``regret`` in nats (the loss at the base
     width's best learning rate, less the best of the grid), both with standard errors over seeds, NaN where there is
-    one; ``flat`` the range, in octaves from the base width's best learning rate, in which the loss is at most FLAT
-    above the lowest, infinite where the grid ends before; ``beyond`` where the grid ends before that learning rate, and
-    the regret is that of its nearest end, which is less if the loss rises on; ``sensitivity`` (the rise of the loss one
-    octave off the optimum, the mean of both sides)."""
+    one; ``flat`` the range around the lowest point, in octaves from the base width's optimum as the shift is, in which
+    the loss is at most FLAT above the lowest, infinite where the grid ends before; ``beyond`` where the grid ends
+    before that learning rate, and the regret is that of its nearest end, which is less if the loss rises on;
+    ``sensitivity`` (the rise of the loss one octave off the optimum, the mean of both sides)."""
 
     parametrization: str
     width: int
@@ -150,14 +151,12 @@ def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
         base = entry["sizes"]["width"]
     shared: dict[str, dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for name, model in models.items():
-        for seed, row in points[name, base].items():
+        for seed, row in points.get((name, base), {}).items():
             shared[model][seed] |= row
-    for name, model in models.items():
-        points[name, base] = shared[model]
+    points |= {(name, base): dict(shared[model]) for name, model in models.items() if shared[model]}
     return [
         Curve(name, width, tuple(sorted({lr for row in by_seed.values() for lr in row})), by_seed)
         for (name, width), by_seed in sorted(points.items())
-        if by_seed
     ]
 
 
@@ -185,7 +184,7 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                     _shift_error(curve, base),
                     regret,
                     error,
-                    (curve.flat[0] - math.log2(tuned), curve.flat[1] - math.log2(tuned)),
+                    (curve.flat[0] - base.optimum, curve.flat[1] - base.optimum),
                     nearest != tuned,
                     _sensitivity(curve),
                     curve.at_edge,

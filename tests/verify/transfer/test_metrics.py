@@ -107,6 +107,14 @@ def test_runs_at_the_base_width_are_everyones() -> None:
     ]
 
 
+def test_a_seed_that_is_far_off_at_one_rate_does_not_lift_the_rates_it_lacks() -> None:
+    rows = [row for row in entries(64, -4.0, 2.0, seeds=3) if row["lr"] >= 2**-6]
+    kept = [row for row in rows if row["seed"] == 0 or row["lr"] != 2**-3.5]
+    next(row for row in kept if row["seed"] == 2 and row["lr"] == 1.0)["loss"] += 3.0
+    (curve,) = curves(kept)
+    assert curve.at(2**-3.5) == pytest.approx(curves(rows)[0].at(2**-3.5), abs=0.003)
+
+
 def test_another_model_has_a_base_of_its_own() -> None:
     other = entries(64, -3, 2, name="other") + entries(256, -3, 2, name="other") + entries(256, -2, 2, name="third")
     rows = entries(64, -4, 2) + [row | {"request": {"options": ["qk_scale=d_k^-1/2"]}} for row in other]
