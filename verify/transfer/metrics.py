@@ -92,10 +92,9 @@ class Curve:
         ceiling = self.losses[self.best] + FLAT
         here = self.best
         while 0 <= here + way < len(self.lrs):
-            rise = self.losses[here + way] - self.losses[here]
             if self.losses[here + way] > ceiling:
-                at, beyond = math.log2(self.lrs[here]), math.log2(self.lrs[here + way])
-                return at + (beyond - at) * (ceiling - self.losses[here]) / rise
+                share = (ceiling - self.losses[here]) / (self.losses[here + way] - self.losses[here])
+                return math.log2(self.lrs[here]) + share * math.log2(self.lrs[here + way] / self.lrs[here])
             here += way
         return way * math.inf
 
