@@ -28,8 +28,9 @@ class Assumptions:
         backward_weight: an initial weight met with a back-propagated gradient (W₀ᵀ·g).
         nonlinear_mean: what to make of a mean that a nonlinearity creates (SiLU): ``crossover`` compares the
             axis with the length at which the mean takes over, ``coherent`` and ``ignored`` do not look.
-        channels: whether steps that follow gradients are held for the ``typical`` channel, or for the ``largest`` one
-            where several trained factors multiply in each (see :mod:`widthwise.derive.channels`).
+        channels: whether steps that follow gradients are held for the ``typical`` channel or, where several trained
+            factors multiply in each, for the ``largest`` one of very many, or for the ``first`` that gets away at the
+            widths people train (see :mod:`widthwise.derive.channels`).
     """
 
     name: str
@@ -42,7 +43,7 @@ class Assumptions:
     forward_backward: Literal["symmetry", "aligned"] = "symmetry"
     backward_weight: Literal["symmetry", "operator-norm"] = "symmetry"
     nonlinear_mean: Literal["crossover", "coherent", "ignored"] = "crossover"
-    channels: Literal["typical", "largest"] = "typical"
+    channels: Literal["typical", "largest", "first"] = "typical"
     regime: Regime = "practical"
     regimes: tuple[Regime, ...] = ("practical",)
     preset: bool = False
@@ -62,8 +63,8 @@ class Assumptions:
                 ("means that nonlinearities create", self.nonlinear_mean),
             )
         )
-        if self.channels == "largest":
-            statements += ("products of trained factors: no channel gets away sooner, the largest of all included",)
+        if self.channels != "typical":
+            statements += (f"products of trained factors: {_WORDS[self.channels]}",)
         if self.regime == "throughout":
             statements += ("learning rates: of each role the smallest that holds before and past the crossovers",)
         return statements
@@ -76,6 +77,8 @@ _WORDS = {
     "operator-norm": "bounded by the operator norm of the initial weight, and assumed to reach the bound",
     "crossover": "incoherent on axes shorter than the crossover, coherent on longer ones",
     "coherent": "coherent (past every crossover)",
+    "largest": "no channel gets away sooner, the largest of all included",
+    "first": "the first of all channels gets away no sooner, as their products' flow is integrated",
     "ignored": "ignored: a nonlinearity is treated as if it were odd",
 }
 
@@ -93,6 +96,13 @@ SETS: dict[str, Assumptions] = {
             "as at-init; where trained factors multiply in each channel and steps follow gradients, learning rates are "
             "held for the largest channel rather than the typical one",
             channels="largest",
+            regimes=("practical", "asymptotic", "throughout"),
+        ),
+        Assumptions(
+            "first-channel",
+            "as largest-channel, with what nonlinearities between the factors do at the widths people train: each "
+            "product's flow is integrated, where largest-channel counts factors, which is the limit of many channels",
+            channels="first",
             regimes=("practical", "asymptotic", "throughout"),
         ),
         Assumptions(
@@ -194,7 +204,14 @@ def assumptions(
 
 
 def in_regime(chosen: Assumptions, regime: Regime) -> Assumptions:
-    """The same set in another regime; past its crossovers means have taken over, and forward · backward has aligned."""
+    """The same set in another regime. Past its crossovers means have taken over, forward · backward has aligned, and
+    channels are so many that their factors' number alone tells when the first gets away."""
     if regime != "asymptotic" or regime == chosen.regime:
         return replace(chosen, regime=regime)
-    return replace(chosen, regime=regime, nonlinear_mean="coherent", forward_backward="aligned")
+    return replace(
+        chosen,
+        regime=regime,
+        nonlinear_mean="coherent",
+        forward_backward="aligned",
+        channels="typical" if chosen.channels == "typical" else "largest",
+    )

@@ -5,6 +5,9 @@ is the gradient, a factor grows as fast as its fellows are large, dx_i/dt ∝ Π
 begin at x₀ gets away (p ≥ 3) after a time ∝ x₀^-(p-2). The largest of N normal draws begins √(2 ln N) typical
 ones high. What it takes for no channel to get away sooner in a wider model is a learning rate ∝ (ln N)^-(p-2)/2: no
 power of n, so no size of this engine's shows it. An optimizer whose step has its own size does not see it.
+
+That is the limit of many channels. What nonlinearities between the factors make of it at the widths people train is
+integrated (:mod:`widthwise.derive.escape`).
 """
 
 from __future__ import annotations
@@ -14,24 +17,38 @@ from dataclasses import dataclass
 
 from sympy import Expr
 
+from widthwise.derive.escape import power
 from widthwise.derive.exponents import HALF, ZERO
+from widthwise.derive.gaussian import FUNCTIONS
 from widthwise.derive.graph import Dim, Graph, Group, Node, atoms
 from widthwise.derive.ops.einsum import summed
 from widthwise.derive.ops.registry import lookup
+from widthwise.derive.product import Applied, Factor, Product, factors, product, within_bounds
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that are summed in ``at``: their axes, and the roles that have a trained factor of its own in each."""
+    """Channels that are summed in ``at``: their axes, and what multiplies in each."""
 
     at: str
     axes: Group
-    roles: tuple[str, ...]
+    product: Product
 
     @property
-    def slower(self) -> Expr:
-        """The exponent of ln N by which the learning rates of these roles have to scale: -(p-2)/2, 0 for p ≤ 2."""
+    def roles(self) -> tuple[str, ...]:
+        """The roles that have a trained factor of their own in each channel."""
+        return tuple(dict.fromkeys(factor.role for factor in factors(self.product)))
+
+    @property
+    def counted(self) -> Expr:
+        """The exponent of ln N by which the learning rates of these roles have to scale where N is large, told by their
+        number alone: -(p-2)/2, 0 for p ≤ 2."""
         return -HALF * max(0, len(self.roles) - 2)
+
+    @property
+    def integrated(self) -> Expr:
+        """The same exponent at the widths people train, from the products' own flow."""
+        return power(self.product)
 
 
 def channels(graph: Graph) -> tuple[Channels, ...]:
@@ -39,13 +56,22 @@ def channels(graph: Graph) -> tuple[Channels, ...]:
     return tuple(_summed(graph))
 
 
-def slower(graph: Graph) -> dict[str, Channels]:
-    """For each role the channels that ask most of its learning rate, where any ask something."""
-    found: dict[str, Channels] = {}
+@dataclass(frozen=True)
+class Slower:
+    """How much slower the largest of the channels needs a role to be: by (ln N)^power."""
+
+    channels: Channels
+    power: Expr
+
+
+def slower(graph: Graph, integrate: bool = False) -> dict[str, Slower]:
+    """For each role what the channels that ask most of its learning rate ask, where any ask something."""
+    found: dict[str, Slower] = {}
     for each in channels(graph):
-        for role in each.roles if each.slower != ZERO else ():
-            if role not in found or each.slower < found[role].slower:
-                found[role] = each
+        asked = Slower(each, each.integrated if integrate else each.counted)
+        for role in each.roles if asked.power != ZERO else ():
+            if role not in found or asked.power < found[role].power:
+                found[role] = asked
     return found
 
 
@@ -68,41 +94,41 @@ def trained_in(graph: Graph, tensor: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-_Known = dict[tuple[str, frozenset[Dim]], tuple[str, ...]]
+_Known = dict[tuple[str, frozenset[Dim]], Product]
 """Factors by tensor and growing axes: what several read is traced back once."""
 
 
 def _summed(graph: Graph) -> Iterator[Channels]:
     known: _Known = {}
     for node in graph.ordered:
-        dims, factors, met = _contraction(graph, node)
+        dims, weights, met = _contraction(graph, node)
         if growing := _grow(dims):
-            factors += tuple(role for name in met for role in _factors(graph, name, growing, known))
-            yield Channels(node.output, Group(dims), tuple(dict.fromkeys(factors)))
+            parts = (_factors(graph, name, growing, known) for name in met)
+            yield Channels(node.output, Group(dims), product(*_own(graph, weights), *parts))
 
 
-def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], tuple[str, ...], tuple[str, ...]]:
+def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], str, tuple[str, ...]]:
     """The channels that a node sums (with the axes they lie beside, such as heads), the weight that it sums them with,
     and the activations that have them."""
     shapes = graph.shapes
     if node.op in ("linear", "convolution"):
         x, weight = node.inputs
         inputs = shapes[weight][-1:] if node.op == "linear" else shapes[weight][1:2]
-        return atoms(inputs), _trained(graph, weight), (x,)
+        return atoms(inputs), weight, (x,)
     if node.op == "scan":
-        return atoms(shapes[node.inputs[0]]), (), node.inputs[:2]
+        return atoms(shapes[node.inputs[0]]), "", node.inputs[:2]
     if node.op == "einsum":
         one, other = (atoms(shapes[name]) for name in node.inputs)
         if over := summed_by(graph, node):
             beside = set(one) & set(other)
-            return tuple(dim for dim in dict.fromkeys(one + other) if dim in beside.union(over)), (), node.inputs
-    return (), (), ()
+            return tuple(dim for dim in dict.fromkeys(one + other) if dim in beside.union(over)), "", node.inputs
+    return (), "", ()
 
 
-def summed_by(graph: Graph, product: Node) -> tuple[Dim, ...]:
+def summed_by(graph: Graph, node: Node) -> tuple[Dim, ...]:
     """The axes that a product of two activations sums."""
-    one, other = (graph.shapes[name] for name in product.inputs)
-    return summed(one, other, product.shape)
+    one, other = (graph.shapes[name] for name in node.inputs)
+    return summed(one, other, node.shape)
 
 
 def _grow(dims: tuple[Dim, ...]) -> frozenset[Dim]:
@@ -114,27 +140,39 @@ def _trained(graph: Graph, name: str) -> tuple[str, ...]:
     return (name,) if parameter is not None and parameter.trainable else ()
 
 
-def _factors(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -> tuple[str, ...]:
+def _own(graph: Graph, role: str, tensor: str = "") -> tuple[Factor, ...]:
+    """The factor that a parameter has in each channel, or in each of the tensor that it makes; none where frozen."""
+    return tuple(Factor(name, tensor or name, graph.parameters[name].law) for name in _trained(graph, role))
+
+
+def _factors(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -> Product:
     """The trained factors of a tensor's channels, back to the linear maps that make them. A sum has the factors that
     all it adds have in common (biases aside, which begin at zero): a residual stream, none."""
     if (tensor, growing) not in known:
-        known[tensor, growing] = tuple(dict.fromkeys(_traced(graph, tensor, growing, known)))
+        known[tensor, growing] = _traced(graph, tensor, growing, known)
     return known[tensor, growing]
 
 
-def _traced(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -> tuple[str, ...]:
+def _traced(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -> Product:
     if not growing <= set(atoms(graph.shapes[tensor])):
-        return ()
+        return Product()
     if tensor in graph.parameters:
-        return _trained(graph, tensor)
+        return product(*_own(graph, tensor))
     maker: Node | None = graph.makers.get(tensor)
     if maker is None or (maker.op == "einsum" and summed_by(graph, maker)):
-        return ()  # a sum is one number for all that it sums: no channel of its own
+        return Product()  # a sum is one number for all that it sums: no channel of its own
     if maker.op in ("linear", "convolution"):
-        return _trained(graph, maker.inputs[1])
+        return product(*_own(graph, maker.inputs[1], tensor))
     if maker.op in ("add", "residual"):
-        summands = (name for name in maker.inputs if name not in graph.parameters)
-        parts = [_factors(graph, name, growing, known) for name in summands]
-        return tuple(role for role in parts[0] if all(role in part for part in parts)) if parts else ()
-    read = (maker.inputs[slot] for slot in lookup(maker).entrywise)
-    return tuple(role for name in read for role in _factors(graph, name, growing, known))
+        return _common([_factors(graph, name, growing, known) for name in maker.inputs if name not in graph.parameters])
+    parts = product(*(_factors(graph, maker.inputs[slot], growing, known) for slot in lookup(maker).entrywise))
+    return within_bounds(product(Applied(maker.op, parts)) if maker.op in FUNCTIONS and parts else parts)
+
+
+def _common(parts: list[Product]) -> Product:
+    """What summands share: of one, all; of several, the factors whose roles they all have, without what is done to
+    these on the way, which may differ."""
+    if len(parts) < 2:
+        return product(*parts)
+    roles = [{factor.role for factor in factors(part)} for part in parts]
+    return product(*(each for each in factors(parts[0]) if all(each.role in has for has in roles)))

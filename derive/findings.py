@@ -270,15 +270,15 @@ def outgrown_norms(walk: Forward, updates: Mapping[str, Update], law: Law) -> It
 def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
     """Where three or more factors multiply, steps that follow gradients let the channel that is ahead get away."""
     for each in channels(walk.graph) if law.follows and walk.assume.channels == "typical" else ():
-        if each.slower != ZERO:
+        if each.counted != ZERO:
             yield Finding(
                 "largest-channel",
                 each.at,
                 ZERO,
                 f"{len(each.roles)} trained factors ({', '.join(each.roles)}) multiply in each of the N channels of "
                 f"{each.axes}; under steps that follow gradients the largest channel gets away first, and the largest "
-                f"stable lr of these roles falls as (ln N)^{show(each.slower)}, which is no power of n",
-                "derive with --assume largest-channel, or sweep the learning rate again at several times the width",
+                f"stable lr of these roles falls as (ln N)^{show(each.counted)}, which is no power of n",
+                "derive with --assume first-channel, or sweep the learning rate again at several times the width",
             )
 
 

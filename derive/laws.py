@@ -1,12 +1,14 @@
 """Base laws: how a parameter is drawn at the base width, before its rule scales it.
 
-The engine asks a law one thing only, whether it is symmetric (the ground of coherence by sign flips); whoever runs or
-generates a model reads the rest.
+The engine asks a law whether it is symmetric (the ground of coherence by sign flips) and, where products of factors are
+followed, where a factor begins; whoever runs or generates a model reads the rest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import expm1, log
+from statistics import fmean, pstdev
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,27 @@ TIME_STEP = inverse_softplus(1e-3, 1e-1)
 
 SYMMETRIC = {law.name: law.symmetric for law in (NORMAL, UNIT_NORMAL, TAPS, ONES, ZEROS, DECAY_RATE, TIME_STEP)}
 """Every law by name: whether it is symmetric, and so has a standard deviation."""
+
+
+def begins(law: Law) -> tuple[float, float]:
+    """(mean, standard deviation) of one entry of what a parameter multiplies by, at the base width.
+
+    A weight's entry is what it makes of a unit input; taps count together, as one factor of their channel.
+    """
+    if law.name in _BEGINS:
+        return _BEGINS[law.name]
+    evenly = [(index + 0.5) / 200 for index in range(200)]
+    if law.name == "log_uniform":
+        drawn = [log(law.low + (law.high - law.low) * each) for each in evenly]
+    else:
+        drawn = [log(expm1(law.low * (law.high / law.low) ** each)) for each in evenly]
+    return fmean(drawn), pstdev(drawn)
+
+
+_BEGINS = {
+    NORMAL.name: (0.0, 1.0),
+    UNIT_NORMAL.name: (0.0, 1.0),
+    TAPS.name: (0.0, 3**-0.5),
+    ONES.name: (1.0, 0.0),
+    ZEROS.name: (0.0, 0.0),
+}

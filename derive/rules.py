@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from sympy import Expr
 
 from widthwise.derive.backward import Backward
-from widthwise.derive.channels import Channels, slower
+from widthwise.derive.channels import Slower, slower
+from widthwise.derive.escape import CHANNELS
 from widthwise.derive.exponents import ZERO, show
 from widthwise.derive.facts import Fact, ancestry
 from widthwise.derive.graph import Node, Parameter
@@ -38,7 +39,8 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
                 order.setdefault(source)
         if node.attrs.get("carrier"):
             order.setdefault(str(node.attrs["carrier"]))
-    crowded = slower(walk.graph) if law.follows and walk.assume.channels == "largest" else {}
+    followed = law.follows and walk.assume.channels != "typical"
+    crowded = slower(walk.graph, integrate=walk.assume.channels == "first") if followed else {}
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
@@ -47,7 +49,7 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
             rule = _of_parameter(walk, law, parameter, updates.get(role), carrying)
             # what holds a role back by a power of n is below what any power of ln N asks of it
             free = (LR, role) not in walk.knobs.fixed and not (role in updates and updates[role].held)
-            derived.append(_for_the_largest(rule, crowded[role]) if free and role in crowded else rule)
+            derived.append(_for_the_largest(walk, rule, crowded[role]) if free and role in crowded else rule)
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)
@@ -82,21 +84,28 @@ def _of_parameter(walk: Backward, law: Law, parameter: Parameter, update: Update
     )
 
 
-def _for_the_largest(derived: Derived, channels: Channels) -> Derived:
+def _for_the_largest(walk: Backward, derived: Derived, asked: Slower) -> Derived:
     """The rule with a learning rate that the largest of the channels stands."""
-    factors = ", ".join(channels.roles)
+    channels = asked.channels
+    roles = ", ".join(channels.roles)
+    integrated = walk.assume.channels == "first"
+    why = (
+        f"and the first of them to get away does so as much sooner from {CHANNELS[0]} to {CHANNELS[1]} of them (their "
+        "flow integrated, with the functions between them)"
+        if integrated
+        else "and the largest, which begins √(2 ln N) typical ones high, gets away first"
+    )
     fact = Fact(
         f"lr of {derived.rule.role}, for the largest channel",
         ZERO,
-        f"no power of n, but (ln N)^{show(channels.slower)} besides: {len(channels.roles)} trained factors ({factors}) "
-        f"multiply in each of the N channels of {channels.axes} behind {channels.at}, and the largest, which begins "
-        "√(2 ln N) typical ones high, gets away first",
+        f"no power of n, but (ln N)^{show(asked.power)} besides: {len(channels.roles)} trained factors ({roles}) "
+        f"multiply in each of the N channels of {channels.axes} behind {channels.at}, {why}",
         derived.facts[-1:],
-        frozenset(("products of trained factors: largest channel",)),
+        frozenset((f"products of trained factors: {'first' if integrated else 'largest'} channel",)),
     )
     rule = replace(
         derived.rule,
-        lr_log=channels.slower,
+        lr_log=asked.power,
         channels=str(channels.axes),
         binding=f"{derived.rule.binding}; lr: {len(channels.roles)} trained factors in each channel of {channels.axes}",
         assumed=tuple(sorted({*derived.rule.assumed, *fact.assumed})),

@@ -13,7 +13,7 @@ from widthwise.derive.render import latex_table
 
 def summed(name: str, **options: object) -> dict[str, set[str]]:
     """The factors behind each sum in which more than two multiply, by the axes of the channels."""
-    return {str(each.axes): set(each.roles) for each in channels(architecture(name, **options)) if each.slower != 0}
+    return {str(each.axes): set(each.roles) for each in channels(architecture(name, **options)) if each.counted != 0}
 
 
 def found(table: RuleTable) -> list[str]:
@@ -26,7 +26,7 @@ def test_factors_of_the_mixer_are_counted_back_to_the_linear_maps() -> None:
         "H*d_v": {"v_proj", "v_conv1d", "o_norm", "g_proj", "o_proj"},
         "ffn": {"gate_proj", "up_proj", "down_proj"},
     }
-    assert {role: each.slower for role, each in slower(architecture("gated_deltanet")).items()} == {
+    assert {role: each.power for role, each in slower(architecture("gated_deltanet")).items()} == {
         **dict.fromkeys(("v_proj", "v_conv1d", "o_norm", "g_proj", "o_proj"), -3 * HALF),
         **dict.fromkeys(("q_proj", "q_conv1d", "k_proj", "k_conv1d"), -ONE),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), -HALF),
@@ -84,7 +84,7 @@ def test_the_channels_that_ask_most_decide() -> None:
     three = g.product(two, g.linear(x, "three", wider))
     both = g.add(g.linear(two, "of_two", width), g.linear(three, "of_three", width), g.linear(two, "again", width))
     g.cross_entropy(g.readout(both, "head", g.dim("classes")))
-    found = {role: each.slower for role, each in slower(g.build()).items()}
+    found = {role: each.power for role, each in slower(g.build()).items()}
     assert found == dict.fromkeys(("one", "two", "three", "of_three"), -ONE) | {"of_two": -HALF, "again": -HALF}
 
 
