@@ -35,7 +35,7 @@ RESOLUTION = 20
 """Powers are rounded to a twentieth; what is left of them is 1 % of a learning rate from 256 to 4096 channels."""
 
 _DIRECTIONS = 1000
-_RADII = tuple(5.8 * 0.85**step for step in range(10))
+_RADII = tuple(5.8 * 0.82**step for step in range(8))
 _STEP, _AWAY, _MOST_STEPS = 0.1, 20.0, 200
 _PATIENCE = (4.0, 32.0, 256.0)
 
@@ -88,26 +88,37 @@ def first_away(tree: Product, channels: int) -> float:
 
 @dataclass(frozen=True)
 class _Times:
-    """For each direction the (ln time, ln radius) from which a product gets away, both rising in the other's stead;
-    times above e^``cut`` were not followed. ``random`` is the number of factors that are drawn."""
+    """For each direction the (ln radius, ln time) with which a product gets away, from far to near; times above e^cut
+    were not followed, and are infinite. ``drawn`` is the number of factors that are drawn."""
 
     rays: tuple[tuple[tuple[float, float], ...], ...]
     cut: float
-    random: int
+    drawn: int
 
     def share(self, at: float) -> float:
         """The share of all draws that is away by e^at."""
-        return sum(_beyond(exp(_radius(ray, at)), self.random) for ray in self.rays) / _DIRECTIONS
+        return sum(_away_by(at, ray, self.drawn) for ray in self.rays) / _DIRECTIONS
 
 
-def _radius(ray: Sequence[tuple[float, float]], at: float) -> float:
-    """ln of the smallest radius that is away by then, between those that were followed; infinite where none is."""
-    if at <= ray[0][0]:
-        return inf if at < ray[0][0] else ray[0][1]
-    for (sooner, far), (later, near) in pairwise(ray):
-        if at <= later:
-            return far + (near - far) * (at - sooner) / (later - sooner)
-    return ray[-1][1]
+def _away_by(at: float, ray: Sequence[tuple[float, float]], drawn: int) -> float:
+    """The share of a direction's draws that is away by e^at: between two radii, as far as the time interpolated is
+    soon enough. (Farther out is mostly sooner, but a factor in the flat part of a function may have to come from near.)
+    """
+    total = 0.0
+    for (far, first), (near, second) in pairwise(ray):
+        if first > at and second > at:
+            continue
+        if first <= at < second:
+            near = far + (near - far) * _crossing(at, first, second)
+        elif second <= at < first:
+            far = near + (far - near) * _crossing(at, second, first)
+        total += _beyond(exp(near), drawn) - _beyond(exp(far), drawn)
+    return total
+
+
+def _crossing(at: float, soon: float, late: float) -> float:
+    """Where between two times a third lies; halfway to one that is infinite."""
+    return 0.5 if late == inf else (at - soon) / (late - soon)
 
 
 def _beyond(radius: float, dimensions: int) -> float:
@@ -145,14 +156,13 @@ def _times(tree: Product, patience: float) -> _Times:
         return _Times((), inf, len(drawn))
     rays = []
     for direction in directions:
-        ray: list[tuple[float, float]] = []
+        times: list[float] = []
         for radius in _RADII:
-            time = away(direction, radius, limit)
-            if time == inf:
-                break
-            ray.append((max(log(time), ray[-1][0] + 1e-9 if ray else -inf), log(radius)))
-        if ray:
-            rays.append(tuple(ray))
+            times.append(away(direction, radius, limit))
+            if times[-1] == inf != min(times):
+                break  # nearer still is later still
+        if min(times) < inf:
+            rays.append(tuple((log(r), log(t) if t < inf else inf) for r, t in zip(_RADII, times, strict=False)))
     return _Times(tuple(rays), log(limit), len(drawn))
 
 

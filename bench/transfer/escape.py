@@ -1,66 +1,87 @@
-"""How much sooner the first of many channels gets away in a wider model, with SiLU between the factors.
+"""How much sooner the first of many channels gets away in a wider model: the engine's integral beside plain draws.
 
-    python bench/transfer/escape.py        # three minutes on one CPU core
+    python bench/transfer/escape.py [--draws 1000000]        # a quarter of an hour on one CPU core
 
 `--assume largest-channel` counts factors: a product of p of them gets away after a time ∝ (ln N)^-(p-2)/2. SiLU is no
-factor, but steeper than its input where that is of order one. So the gradient flow of one channel's product is
-integrated from many draws of its factors at the scales that models begin with (taps 0.58 in all, the rest 1), and the
-median time of the first of N, N = 192 to 3072, is read off: octaves of the stable learning rate, and the power of ln N
-that they are between the two ends.
+factor, but steeper than its input where that is of order one. So `--assume first-channel` integrates the gradient flow
+of each product (widthwise.derive.escape). Here the same flow is followed from plain draws of the factors at the scales
+that models begin with (taps 0.58 in all, the rest 1), and the median time of the first of N, N = 192 to 3072, is read
+off: octaves of the stable learning rate, and the power of ln N that they are between the two ends, ± what a count of
+so many draws leaves of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-DRAWS, AWAY, STEP = 200_000, 60.0, 0.01
-CHANNELS = (192, 768, 1536, 3072)
-TAPS = 0.58  # rms of four taps that begin uniform in ±1/2
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-Product = Callable[[Tensor], Tensor]
-CASES: tuple[
-    tuple[str, Product, Sequence[float], Sequence[float]], ...
-] = (  # product of x, and how x begins: std, mean
-    ("3 factors", lambda x: x.prod(1), (1, 1, 1), (0, 0, 0)),
-    ("4 factors", lambda x: x.prod(1), (1, 1, 1, 1), (0, 0, 0, 0)),
-    ("5 factors", lambda x: x.prod(1), (1, 1, 1, 1, 1), (0, 0, 0, 0, 0)),
-    ("q·k, both by SiLU", lambda x: silu(x[:, 0] * x[:, 1]) * silu(x[:, 2] * x[:, 3]), (1, TAPS, 1, TAPS), (0,) * 4),
+from widthwise.derive.escape import first_away
+from widthwise.derive.laws import NORMAL, ONES, TAPS, begins
+from widthwise.derive.product import Applied, Factor, Product, product
+
+AWAY, STEP = 60.0, 0.01
+CHANNELS = (192, 768, 1536, 3072)
+
+A, B, C, D, E = (Factor(name, name, NORMAL) for name in "abcde")
+TAP, TAP_TOO, GAIN = Factor("tap", "tap", TAPS), Factor("tap_too", "tap_too", TAPS), Factor("gain", "gain", ONES)
+
+
+def by_silu(*parts: Factor) -> Applied:
+    return Applied("silu", product(*parts))
+
+
+Drawn = Callable[[Tensor], Tensor]
+CASES: tuple[tuple[str, Product, Sequence[Factor], Drawn], ...] = (  # a tree, and the same as a function of its factors
+    ("3 factors", product(A, B, C), (A, B, C), lambda x: x.prod(1)),
+    ("4 factors", product(A, B, C, D), (A, B, C, D), lambda x: x.prod(1)),
+    ("5 factors", product(A, B, C, D, E), (A, B, C, D, E), lambda x: x.prod(1)),
+    (
+        "q·k, both by SiLU",
+        product(by_silu(A, TAP), by_silu(B, TAP_TOO)),
+        (A, TAP, B, TAP_TOO),
+        lambda x: silu(x[:, 0] * x[:, 1]) * silu(x[:, 2] * x[:, 3]),
+    ),
     (
         "v and the gate by SiLU, W_o",
+        product(by_silu(A, TAP), by_silu(B), C),
+        (A, TAP, B, C),
         lambda x: silu(x[:, 0] * x[:, 1]) * silu(x[:, 2]) * x[:, 3],
-        (1, TAPS, 1, 1),
-        (0,) * 4,
     ),
     (
         "the same with a gain, which begins at 1",
+        product(by_silu(A, TAP), by_silu(B), C, GAIN),
+        (A, TAP, B, C, GAIN),
         lambda x: silu(x[:, 0] * x[:, 1]) * silu(x[:, 2]) * x[:, 3] * x[:, 4],
-        (1, TAPS, 1, 1, 0),
-        (0, 0, 0, 0, 1),
     ),
-    ("the MLP, one by SiLU", lambda x: silu(x[:, 0]) * x[:, 1] * x[:, 2], (1, 1, 1), (0, 0, 0)),
+    ("the MLP, one by SiLU", product(by_silu(A), B, C), (A, B, C), lambda x: silu(x[:, 0]) * x[:, 1] * x[:, 2]),
 )
 
 
-def slope(product: Product, x: Tensor) -> Tensor:
+def slope(drawn: Drawn, x: Tensor) -> Tensor:
     with torch.enable_grad():
         at = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(product(at).sum(), at)
+        (gradient,) = torch.autograd.grad(drawn(at).sum(), at)
     return gradient
 
 
-def first(product: Product, x: Tensor) -> Tensor:
+def first(drawn: Drawn, x: Tensor) -> Tensor:
     """The times, in order, after which draws are away under dx/dt = ∂product/∂x, by steps whose length grows with x."""
     times, t = [], torch.zeros(len(x), dtype=x.dtype)
     gone = 0
-    while gone < 0.05 * DRAWS:  # the first of 192 is among the first hundredth
+    most = 0.05 * len(x)
+    while gone < most:  # the first of 192 is among the first hundredth
         length = STEP * (0.3 + x.norm(dim=1, keepdim=True))
-        trial = slope(product, x)
-        ahead = slope(product, x + 0.5 * length * trial / trial.norm(dim=1, keepdim=True).clamp_min(1e-30))
+        trial = slope(drawn, x)
+        ahead = slope(drawn, x + 0.5 * length * trial / trial.norm(dim=1, keepdim=True).clamp_min(1e-30))
         speed = ahead.norm(dim=1, keepdim=True).clamp_min(1e-30)
         x, t = x + length * ahead / speed, t + (length / speed).squeeze(1)
         away = x.abs().amax(1) > AWAY
@@ -71,17 +92,34 @@ def first(product: Product, x: Tensor) -> Tensor:
     return torch.cat(times).sort().values
 
 
+def octaves(times: Sequence[float]) -> str:
+    return " | ".join(f"{math.log2(each / times[0]):+.2f}" for each in times)
+
+
+def power(times: Sequence[float]) -> float:
+    return math.log(times[-1] / times[0]) / math.log(math.log(CHANNELS[-1]) / math.log(CHANNELS[0]))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=1_000_000)
+    draws = parser.parse_args().draws
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print("| channels | " + " | ".join(map(str, CHANNELS)) + " | power of ln N |\n| --- |" + " ---: |" * 5)
-    for name, product, std, mean in CASES:
-        scale, begins = (torch.tensor(each, dtype=torch.float64) for each in (std, mean))
-        times = first(product, torch.randn(DRAWS, len(std), dtype=torch.float64) * scale + begins)
-        at = [float(times[int((1 - 0.5 ** (1 / many)) * DRAWS)]) for many in CHANNELS]
-        power = math.log(at[-1] / at[0]) / math.log(math.log(CHANNELS[-1]) / math.log(CHANNELS[0]))
-        octaves = " | ".join(f"{math.log2(each / at[0]):+.2f}" for each in at)
-        print(f"| {name} | {octaves} | {power:.2f} |", flush=True)
+    head = " | ".join(map(str, CHANNELS))
+    print(f"| channels | {head} | power of ln N | drawn: {head} | power |\n| --- |" + " ---: |" * 10)
+    for name, tree, order, drawn in CASES:
+        mean, std = (
+            torch.tensor(each, dtype=torch.float64) for each in zip(*(begins(f.law) for f in order), strict=True)
+        )
+        away = first(drawn, torch.randn(draws, len(order), dtype=torch.float64) * std + mean)
+        ranks = [(1 - 0.5 ** (1 / many)) * draws for many in CHANNELS]
+        at = [float(away[int(rank)]) for rank in ranks]
+        # of the rarest quantile, by one standard deviation of its rank
+        noise = abs(power(at) - power([at[0], float(away[int(ranks[-1] + math.sqrt(ranks[-1]))])]))
+        derived = [first_away(tree, many) for many in CHANNELS]
+        row = f"{octaves(derived)} | {power(derived):.2f} | {octaves(at)} | {power(at):.2f} ± {noise:.2f}"
+        print(f"| {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

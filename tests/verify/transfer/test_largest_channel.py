@@ -1,17 +1,20 @@
-"""The law behind ``--assume largest-channel``, integrated rather than derived, and the groups that obey it."""
+"""The laws behind ``--assume largest-channel`` and ``first-channel``, run rather than derived, and groups that obey."""
 
 import math
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from widthwise.codegen.parametrization import context
 from widthwise.codegen.request import Request
-from widthwise.derive import Builder, DeriveError, derive
-from widthwise.derive.laws import ONES
+from widthwise.derive import Builder, DeriveError, architecture, derive
+from widthwise.derive.escape import first_away
+from widthwise.derive.laws import NORMAL, ONES, TAPS, Law, begins
+from widthwise.derive.product import Applied, Factor, product
 from widthwise.verify.transfer.train import generated
 
-SETS = ("at-init", "largest-channel")
+TYPICAL = "at-init"
 
 
 @pytest.mark.parametrize("factors", [3, 4, 5])
@@ -41,8 +44,47 @@ def test_the_largest_of_n_products_gets_away_after_a_power_of_ln_n(factors: int)
         assert first(more) / first(192) == pytest.approx(predicted, rel=0.05)
 
 
-def test_groups_have_it_and_the_base_width_is_untouched() -> None:
-    rules = {name: generated(Request("gated_deltanet", "sgd", assume=name), "parametrization") for name in SETS}
+def test_the_engine_follows_silu_as_torch_does() -> None:
+    """silu(a·taps) silu(b) c, from plain draws and autograd: when the first of some channels is away, in the median."""
+    tree = product(
+        *(Applied("silu", product(*parts)) for parts in ((_factor("a"), _factor("t", TAPS)), (_factor("b"),))),
+        _factor("c"),
+    )
+    draws = 100_000
+    x = torch.randn(draws, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x[:, 1] *= begins(TAPS)[1]
+
+    def slope(x: torch.Tensor) -> torch.Tensor:
+        at = x.detach().requires_grad_()
+        value = silu(at[:, 0] * at[:, 1]) * silu(at[:, 2]) * at[:, 3]
+        return torch.autograd.grad(value.sum(), at)[0]
+
+    away, elapsed = [], torch.zeros(draws, dtype=torch.float64)
+    for _ in range(150):
+        length = 0.06 * (0.3 + x.norm(dim=1))
+        half = slope(x)
+        half *= (length / 2 / half.norm(dim=1))[:, None]
+        ahead = slope(x + half)
+        rate = length / ahead.norm(dim=1)
+        x, elapsed = x + ahead * rate[:, None], elapsed + rate
+        gone = x.norm(dim=1) > 200
+        away.append(elapsed[gone])
+        x, elapsed = x[~gone & (elapsed < 3)], elapsed[~gone & (elapsed < 3)]
+    times = torch.cat(away).sort().values
+    for several in (50, 200):
+        measured = float(times[round(draws * (1 - 0.5 ** (1 / several)))])
+        assert first_away(tree, several) == pytest.approx(measured, rel=0.04)
+
+
+def _factor(name: str, law: Law = NORMAL) -> Factor:
+    return Factor(name, name, law)
+
+
+@pytest.mark.parametrize("assume", ["largest-channel", "first-channel"])
+def test_groups_have_it_and_the_base_width_is_untouched(assume: str) -> None:
+    sets = (TYPICAL, assume)
+    rules = {name: generated(Request("gated_deltanet", "sgd", assume=name), "parametrization") for name in sets}
+    table = derive(architecture("gated_deltanet"), "sgd", assume)
     (cls,) = (each for name, each in vars(generated(Request("gated_deltanet"), "model")).items() if name.endswith("LM"))
     base = {"width": 64, "depth": 1, "vocab": 17, "H": 6, "d_k": 8, "d_v": 16, "ffn": 176}
     for width in (64, 256):
@@ -55,14 +97,16 @@ def test_groups_have_it_and_the_base_width_is_untouched() -> None:
             for each in rules.values()
         )
         grown = width / 64
-        for roles, channels, power in (
+        for roles, channels, counted in (
             (("v_proj", "v_conv1d", "o_norm", "g_proj", "o_proj"), 96, 1.5),
             (("q_proj", "q_conv1d", "k_proj", "k_conv1d"), 48, 1.0),
             (("gate_proj", "up_proj", "down_proj"), 176, 0.5),
             (("embeddings", "attn_norm", "b_proj", "lm_head"), 2, 0.0),
         ):
-            slower = (math.log(channels) / math.log(channels * grown)) ** power
             for role in roles:
+                power = -float(table.rule(role).lr_log or 0)
+                assert power == counted if assume == "largest-channel" or not counted else power > counted
+                slower = (math.log(channels) / math.log(channels * grown)) ** power
                 assert largest[role]["lr"] == pytest.approx(typical[role]["lr"] * slower, rel=1e-12)
                 assert largest[role]["lr_mult"] == pytest.approx(largest[role]["lr"] / 0.5)
                 assert largest[role]["weight_decay"] == pytest.approx(typical[role]["weight_decay"] / slower)
