@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sympy import Expr
@@ -35,13 +35,17 @@ class Update:
     @property
     def allowed(self) -> Expr:
         """The learning rate at which no use is moved by more than it tolerates, whatever was fixed or slowed."""
-        return smallest(bound - effect.value for effect, bound in zip(self.effects, self.bounds, strict=True))
+        return smallest(_tolerated(self.effects, self.bounds))
 
     @property
     def excess(self) -> Expr:
         """How far the step goes beyond what is tolerated, at the use that feels it most: zero unless lr was fixed."""
-        lr = self.lr - self.slower
-        return largest(lr + effect.value - bound for effect, bound in zip(self.effects, self.bounds, strict=True))
+        return largest(self.lr - self.slower - rate for rate in _tolerated(self.effects, self.bounds))
+
+
+def _tolerated(effects: Sequence[Fact], bounds: Sequence[Expr]) -> list[Expr]:
+    """For each use the learning rate at which the step moves it by as much as it tolerates."""
+    return [bound - effect.value for effect, bound in zip(effects, bounds, strict=True)]
 
 
 def weight_of(walk: Backward, parameter: Parameter) -> Weight:
@@ -75,22 +79,20 @@ def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | No
     role = parameter.role
     weight = weight_of(walk, parameter)
     step = law.step(weight)
-    effects, bounds = [], []
-    for effect, tolerated in _uses(walk, role, step):
-        effects.append(effect)
-        bounds.append(tolerated)
-    candidates = [bound.value - effect.value for bound, effect in zip(bounds, effects, strict=True)]
+    uses = _uses(walk, role, step)
+    effects, bounds = tuple(effect for effect, _ in uses), tuple(bound.value for _, bound in uses)
+    candidates = _tolerated(effects, bounds)
     if pinned is not None:
         lr, binding = pinned, Fact(f"lr of {role}", pinned, "fixed by the request")
     else:
         lr = smallest(candidates)
-        best = next((index for index, each in enumerate(candidates) if each == lr), 0)
+        effect, bound = uses[next((index for index, each in enumerate(candidates) if each == lr), 0)]
         binding = Fact(
             f"lr of {role}",
             lr,
-            f"{bounds[best].because}: the step moves it by n^(lr {_signed(effects[best].value)}) and it "
-            f"tolerates {n_to(bounds[best].value)}",
-            (effects[best], bounds[best]),
+            f"{bound.because}: the step moves it by n^(lr {_signed(effect.value)}) and it "
+            f"tolerates {n_to(bound.value)}",
+            (effect, bound),
         )
     eps = law.eps(weight)
     return Update(
@@ -99,8 +101,8 @@ def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | No
         eps,
         binding,
         weight,
-        tuple(effects),
-        tuple(bound.value for bound in bounds),
+        effects,
+        bounds,
     )
 
 
