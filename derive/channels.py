@@ -2,9 +2,10 @@
 
 One channel of a sum Σ_c Π_i x_{i,c} is a product of p factors, each trained by its own optimizer step. Where the step
 is the gradient, a factor grows as fast as its fellows are large, dx_i/dt ∝ Π_{j≠i} x_j, so that a channel whose factors
-begin at x₀ gets away (p ≥ 3) after a time ∝ x₀^-(p-2). The largest of N normal draws begins √(2 ln N) typical
-ones high. What it takes for no channel to get away sooner in a wider model is a learning rate ∝ (ln N)^-(p-2)/2: no
-power of n, so no size of this engine's shows it. An optimizer whose step has its own size does not see it.
+begin at x₀ gets away (p ≥ 3; p is the product's degree) after a time ∝ x₀^-(p-2). The largest of N normal draws begins
+√(2 ln N) typical ones high. What it takes for no channel to get away sooner in a wider model is a learning rate
+∝ (ln N)^-(p-2)/2: no power of n, so no size of this engine's shows it. An optimizer whose step has its own size does
+not see it.
 
 That is the limit of many channels. What nonlinearities between the factors make of it at the widths people train is
 integrated (:mod:`widthwise.derive.escape`).
@@ -12,13 +13,14 @@ integrated (:mod:`widthwise.derive.escape`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sympy import Expr
 
-from widthwise.derive.escape import power
-from widthwise.derive.exponents import HALF, ZERO
+from widthwise.derive.escape import limit, power
+from widthwise.derive.exponents import ZERO
 from widthwise.derive.gaussian import FUNCTIONS
 from widthwise.derive.graph import Dim, Graph, Group, Node, atoms
 from widthwise.derive.ops.einsum import summed
@@ -41,9 +43,9 @@ class Channels:
 
     @property
     def counted(self) -> Expr:
-        """The exponent of ln N by which the learning rates of these roles have to scale where N is large, told by their
-        number alone: -(p-2)/2, 0 for p ≤ 2."""
-        return -HALF * max(0, len(self.roles) - 2)
+        """The exponent of ln N by which the learning rates of these roles have to scale where N is large, told by the
+        product's degree alone: -(p-2)/2, 0 for p ≤ 2."""
+        return limit(self.product)
 
     @property
     def integrated(self) -> Expr:
@@ -104,7 +106,7 @@ def _summed(graph: Graph) -> Iterator[Channels]:
         dims, weights, met = _contraction(graph, node)
         if growing := _grow(dims):
             parts = (_factors(graph, name, growing, known) for name in met)
-            yield Channels(node.output, Group(dims), product(*_own(graph, weights), *parts))
+            yield Channels(node.output, Group(dims), within_bounds(product(*_own(graph, weights), *parts)))
 
 
 def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], str, tuple[str, ...]]:
@@ -170,9 +172,13 @@ def _traced(graph: Graph, tensor: str, growing: frozenset[Dim], known: _Known) -
 
 
 def _common(parts: list[Product]) -> Product:
-    """What summands share: of one, all; of several, the factors whose roles they all have, without what is done to
-    these on the way, which may differ."""
+    """What summands share: of one, all; of several, what they multiply by alike, functions and all, and of the rest
+    the factors whose roles they all have, without what is done to these, which differs."""
     if len(parts) < 2:
         return product(*parts)
-    roles = [{factor.role for factor in factors(part)} for part in parts]
-    return product(*(each for each in factors(parts[0]) if all(each.role in has for has in roles)))
+    alike = Counter(parts[0].parts)
+    for part in parts[1:]:
+        alike &= Counter(part.parts)
+    rest = [factors(Product(tuple((Counter(part.parts) - alike).elements()))) for part in parts]
+    roles = [{factor.role for factor in each} for each in rest]
+    return product(*alike.elements(), *(each for each in rest[0] if all(each.role in has for has in roles)))

@@ -4,11 +4,12 @@ Where steps follow gradients the factors x of a channel move as dx/dt ∝ ∂f/�
 degree above two is infinite after some time, which depends on where its factors begin. With T(N) the median time of the
 first of N, the largest stable learning rate scales as T does. Far out, and without nonlinearities, T ∝ (ln N)^-(p-2)/2
 for p factors (:mod:`widthwise.derive.channels`); SiLU between them makes it fall faster at the widths people train.
+Assumed: all factors move at one rate, in units in which each begins at the scale of its base law.
 
 P(T < t) for one channel is summed by directional simulation (Ditlevsen, Melchers & Gluver 1990, Comput. Struct. 36(2)):
 along each of evenly spread directions of the normal draws the radius from which the product is away by t is looked up,
-and of the radius the law is known (chi). That leaves ±0.01 of a power, where plain draws leave ±0.1 of ten times as
-many.
+and of the radius the law is known (chi). For three to five factors that leaves ±0.02 of a power, as a million plain
+draws do.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from math import erfc, exp, gamma, hypot, inf, log, sqrt
+from itertools import islice, pairwise
+from math import erfc, exp, expm1, fsum, gamma, hypot, inf, isfinite, log, sqrt
 from statistics import NormalDist
 
 from sympy import Expr, Rational
@@ -28,34 +29,59 @@ from widthwise.derive.laws import begins
 from widthwise.derive.product import Applied, Factor, Product, Tree, degree, factors
 
 CHANNELS = (256, 4096)
-"""Where the power of ln N is taken: the numbers of channels that people's models have. (A tensor's axis is held to be
-at most 4096 below the crossovers, see :class:`widthwise.derive.graph.Dim`.)"""
+"""Where the power of ln N is taken, as most models that people train have so many channels; it is used beyond too."""
 
 RESOLUTION = 20
-"""Powers are rounded to a twentieth; what is left of them is 1 % of a learning rate from 256 to 4096 channels."""
+"""Powers are rounded to a twentieth: 1 % of a learning rate from 256 to 4096 channels."""
 
-_DIRECTIONS = 1000
-_RADII = tuple(5.8 * 0.82**step for step in range(8))
-_STEP, _AWAY, _MOST_STEPS = 0.1, 20.0, 200
-_PATIENCE = (4.0, 32.0, 256.0)
+_DIRECTIONS, _ENOUGH = 4000, 400  # to try at most, and of those with a draw that gets away
+_RADII, _FARTHEST, _NEAREST = 8, 1e-7, 0.8  # how many, and the share of draws beyond the first and the last
+_STEP, _AWAY, _MOST_STEPS, _INSTANT = 0.1, 20.0, 250, 1e-30
+_TRIES, _AMPLE = 14, 1.4
 
 
 def power(tree: Product) -> Expr:
     """The exponent of ln N by which a learning rate has to scale so that the first of N gets away no sooner; 0 where
-    the product does not get away in finite time."""
+    none does in finite time. Where some do, but in fewer than half of all models, it is the limit of many."""
     if degree(tree) <= 2:
         return ZERO
-    names = {factor: str(index) for index, factor in enumerate(factors(tree))}
-    return Rational(round(RESOLUTION * _power(_renamed(tree, names), *CHANNELS)), RESOLUTION)
+    found = exponent(tree, *CHANNELS)
+    if found is not None:
+        return Rational(round(RESOLUTION * found), RESOLUTION)
+    return limit(tree) if _times(_ordered(tree), CHANNELS[0]).rays else ZERO
+
+
+def limit(tree: Product) -> Expr:
+    """The same exponent as N tends to infinity: -(p-2)/2 for a product of degree p, 0 for p ≤ 2. An exponential has
+    no such limit, and its factors are counted."""
+    order = degree(tree)
+    return -Rational(max(0, (len(factors(tree)) if order == inf else round(order)) - 2), 2)
+
+
+def exponent(tree: Product, fewer: int, more: int) -> float | None:
+    """The exponent of ln N in T(N) between two numbers of channels; None where the first of fewer has no T."""
+    times = _times(_ordered(tree), fewer)
+    early, late = times.first(fewer), times.first(more)
+    return None if early == inf else log(late / early) / log(log(more) / log(fewer))
+
+
+def first_away(tree: Product, channels: int) -> float:
+    """The median time after which the first of so many channels is away, in units of a unit product's own; infinite
+    where more often than not none gets away."""
+    return _times(_ordered(tree), channels).first(channels)
+
+
+def _ordered(tree: Product) -> Product:
+    """The same product whatever its factors are called and in whatever order, so that it is integrated once."""
+    return _renamed(tree, {})
 
 
 def _renamed(tree: Product, names: dict[Factor, str]) -> Product:
-    """The same product whatever its factors are called, so that it is integrated once."""
     parts: list[Factor | Applied | Product] = []
-    for part in tree.parts:
+    for part in sorted(tree.parts, key=_shape):
         match part:
             case Factor(law=law):
-                parts.append(Factor("", names[part], law))
+                parts.append(Factor("", names.setdefault(part, str(len(names))), law))
             case Applied(function, inner):
                 parts.append(Applied(function, _renamed(inner, names)))
             case Product():
@@ -63,27 +89,14 @@ def _renamed(tree: Product, names: dict[Factor, str]) -> Product:
     return Product(tuple(parts))
 
 
-@lru_cache(maxsize=256)
-def _power(tree: Product, fewer: int, more: int) -> float:
-    early, late = (first_away(tree, channels) for channels in (fewer, more))
-    if early == inf:
-        return 0.0
-    return log(late / early) / log(log(more) / log(fewer))
-
-
-def first_away(tree: Product, channels: int) -> float:
-    """The median time after which the first of so many channels is away, in units of a unit product's own; infinite
-    where half of the time none ever is."""
-    wanted = 1 - 0.5 ** (1 / channels)
-    for patience in _PATIENCE:
-        times = _times(tree, patience)
-        if times.share(times.cut) >= wanted:
-            low, high = times.cut - 12.0, times.cut
-            for _ in range(40):
-                middle = (low + high) / 2
-                low, high = (middle, high) if times.share(middle) < wanted else (low, middle)
-            return exp(low)
-    return inf
+def _shape(tree: Tree) -> str:
+    """What a tree looks like without its factors' names."""
+    match tree:
+        case Factor(law=law):
+            return f"~{law}"
+        case Applied(function, inner):
+            return f"{function}({_shape(inner)})"
+    return "".join(sorted(map(_shape, tree.parts)))
 
 
 @dataclass(frozen=True)
@@ -92,19 +105,36 @@ class _Times:
     were not followed, and are infinite. ``drawn`` is the number of factors that are drawn."""
 
     rays: tuple[tuple[tuple[float, float], ...], ...]
+    directions: int
     cut: float
     drawn: int
 
+    def first(self, channels: int) -> float:
+        """The median time of the first of so many."""
+        wanted = _wanted(channels)
+        if self.share(self.cut) < wanted:
+            return inf
+        low, high = min(time for ray in self.rays for _, time in ray) - 1.0, self.cut
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.share(middle) < wanted else (low, middle)
+        return exp(low)
+
     def share(self, at: float) -> float:
         """The share of all draws that is away by e^at."""
-        return sum(_away_by(at, ray, self.drawn) for ray in self.rays) / _DIRECTIONS
+        return fsum(_away_by(at, ray, self.drawn) for ray in self.rays) / max(1, self.directions)
+
+
+def _wanted(channels: int) -> float:
+    """The share of channels that is away when in half of all models the first of so many is."""
+    return -expm1(-log(2) / channels)
 
 
 def _away_by(at: float, ray: Sequence[tuple[float, float]], drawn: int) -> float:
     """The share of a direction's draws that is away by e^at: between two radii, as far as the time interpolated is
     soon enough. (Farther out is mostly sooner, but a factor in the flat part of a function may have to come from near.)
     """
-    total = 0.0
+    total = _beyond(exp(ray[0][0]), drawn) if ray[0][1] <= at else 0.0
     for (far, first), (near, second) in pairwise(ray):
         if first > at and second > at:
             continue
@@ -117,28 +147,41 @@ def _away_by(at: float, ray: Sequence[tuple[float, float]], drawn: int) -> float
 
 
 def _crossing(at: float, soon: float, late: float) -> float:
-    """Where between two times a third lies; halfway to one that is infinite."""
+    """Where between two times a third lies; halfway to one that was not followed."""
     return 0.5 if late == inf else (at - soon) / (late - soon)
 
 
 def _beyond(radius: float, dimensions: int) -> float:
     """P(χ > radius), with so many degrees of freedom."""
     half = radius * radius / 2
-    if half > 700:
-        return 0.0
     odd = dimensions % 2
-    total, term = 0.0, 1.0 if not odd else sqrt(half) / gamma(1.5)
+    total, term = 0.0, sqrt(half) / gamma(1.5) if odd else 1.0
     for index in range(dimensions // 2):
         total += term
         term *= half / (index + 1 + odd / 2)
-    return (erfc(sqrt(half)) if odd else 0.0) + exp(-half) * total
+    return exp(-half) * total + (erfc(sqrt(half)) if odd else 0.0)
+
+
+def _radius(share: float, dimensions: int) -> float:
+    """The radius that such a share of draws exceeds."""
+    low, high = 0.0, 10.0 + sqrt(dimensions)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if _beyond(middle, dimensions) > share:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 @lru_cache(maxsize=64)
-def _times(tree: Product, patience: float) -> _Times:
+def _times(tree: Product, channels: int) -> _Times:
+    """When draws get away, followed for as long as it takes the first of so many channels."""
     names = factors(tree)
     laws = [begins(factor.law) for factor in names]
     drawn = [index for index, (_, std) in enumerate(laws) if std > 0]
+    if not drawn:  # all channels are one channel
+        return _Times((), 0, inf, 0)
     flow = _Flow(tree, {factor.tensor: index for index, factor in enumerate(names)}, degree(tree))
 
     def away(direction: Sequence[float], radius: float, limit: float) -> float:
@@ -147,79 +190,117 @@ def _times(tree: Product, patience: float) -> _Times:
             x[index] += laws[index][1] * radius * along
         return flow.away(x, limit)
 
-    directions = list(_directions(len(drawn), _DIRECTIONS)) if drawn else []
-    # Followed no longer than several times what the fastest of some directions takes from where the largest draws lie.
-    limit, typical = inf, sqrt(2 * log(CHANNELS[0]))
-    for direction in directions[: _DIRECTIONS // 5]:
-        limit = min(limit, patience * away(direction, typical, limit))
-    if limit == inf:
-        return _Times((), inf, len(drawn))
-    rays = []
-    for direction in directions:
-        times: list[float] = []
-        for radius in _RADII:
-            times.append(away(direction, radius, limit))
-            if times[-1] == inf != min(times):
-                break  # nearer still is later still
-        if min(times) < inf:
-            rays.append(tuple((log(r), log(t) if t < inf else inf) for r, t in zip(_RADII, times, strict=False)))
-    return _Times(tuple(rays), log(limit), len(drawn))
+    farthest, nearest = (_radius(share, len(drawn)) for share in (_FARTHEST, _NEAREST))
+    radii = [farthest * (nearest / farthest) ** (step / (_RADII - 1)) for step in range(_RADII)]
+
+    def followed(longest: float, enough: int) -> _Times:
+        rays: list[tuple[tuple[float, float], ...]] = []
+        tried = 0
+        for direction in _directions(len(drawn)):
+            tried += 1
+            if min(away(direction, radii[probe], longest / _AMPLE) for probe in (0, _RADII // 2)) < inf:
+                rays.append(_ray(((r, away(direction, r, longest)) for r in radii), log(longest), flow.degree))
+            if len(rays) == enough:
+                break
+        return _Times(tuple(rays), tried, log(longest), len(drawn))
+
+    # Times are followed for somewhat longer than what is asked for: a few directions tell how long that is.
+    longest, typical = inf, _radius(1 / channels, len(drawn))
+    for direction in islice(_directions(len(drawn)), _ENOUGH):
+        longest = min(longest, away(direction, typical, longest))
+    if longest == inf:
+        return _Times((), 0, inf, len(drawn))
+    for _ in range(_TRIES):
+        longest *= 3
+        few = followed(longest, _ENOUGH // 10)
+        if few.share(few.cut - log(_AMPLE)) >= _wanted(channels):
+            longest = _AMPLE * few.first(channels) * 1.2  # few directions are not that sure
+            break
+    return followed(longest, _ENOUGH)
 
 
-def _directions(dimensions: int, number: int) -> Iterator[list[float]]:
+def _ray(points: Iterator[tuple[float, float]], cut: float, degree: float) -> tuple[tuple[float, float], ...]:
+    """(ln radius, ln time) from far to near, to where the product is not away by the cut: nearer still is taken to be
+    later still, and the time there to be what its degree makes of the last one."""
+    ray: list[tuple[float, float]] = []
+    for radius, time in points:
+        at, late = log(radius), log(time) if time < inf else inf
+        if late == inf and ray and ray[-1][1] < inf:
+            far, soon = ray[-1]
+            ray.append((at, max(cut, soon + min(degree - 2, 50.0) * (far - at))))
+            break
+        ray.append((at, late))
+    return tuple(ray)
+
+
+def _directions(dimensions: int) -> Iterator[list[float]]:
     """Unit vectors, evenly spread: normal quantiles of a Kronecker sequence (steps are powers of the root of
     x^(d+1) = x + 1, Roberts 2018)."""
+    if dimensions == 1:
+        yield from ([1.0], [-1.0])
+        return
     root = 2.0
     for _ in range(60):
         root = (1 + root) ** (1 / (dimensions + 1))
     quantile = NormalDist().inv_cdf
-    for index in range(1, number + 1):
+    for index in range(1, _DIRECTIONS + 1):
         at = ((0.5 + index * root ** -(axis + 1)) % 1.0 for axis in range(dimensions))
-        vector = [quantile(min(max(each, 1e-12), 1 - 1e-12)) for each in at]
+        vector = [quantile(each) for each in at]
         length = hypot(*vector)
         yield [each / length for each in vector]
 
 
 @dataclass(frozen=True)
 class _Flow:
-    """dx/dt = ∂f/∂x for a product f, whose factors stand at ``place`` in x; far out f grows as x^``degree``."""
+    """dx/dt = ∂f/∂x for a product f, whose factors stand at ``place`` in x; where all are large f is of ``degree``."""
 
     tree: Product
     place: dict[str, int]
     degree: float
 
     def away(self, x: list[float], limit: float) -> float:
-        """The time after which x is infinite, by midpoint steps whose length grows with x; ∞ if later than limit, or if
-        x comes to rest."""
+        """The time after which x is infinite, by midpoint steps whose length grows with x; ∞ if that is later than
+        limit, or if x comes to rest or is not away after so many steps."""
         time = 0.0
-        for _ in range(_MOST_STEPS):
-            size = hypot(*x)
-            slope = self.slope(x)
-            speed = hypot(*slope)
-            if size > _AWAY:  # from here on along a ray: dr/dt = speed (r/size)^(degree-1)
-                time += size / speed / (self.degree - 2)
-                break
-            length = _STEP * (0.3 + size)
-            if speed == 0.0:
+        try:
+            for _ in range(_MOST_STEPS):
+                value, slope = self.at(x)
+                size, speed = hypot(*x), hypot(*slope)
+                if speed == 0.0 or time > limit:
+                    return inf
+                if not isfinite(speed):
+                    break
+                if size > _AWAY and self._settled(x, value, slope, size * speed):
+                    time += size / speed / (self.degree - 2)  # on along a ray: dr/dt = speed (r/size)^(degree-1)
+                    break
+                length = _STEP * (0.3 + size)
+                half = length / 2 / speed
+                _, ahead = self.at([at + half * by for at, by in zip(x, slope, strict=True)])
+                speed = hypot(*ahead)
+                if speed == 0.0:
+                    return inf
+                time += length / speed
+                x = [at + length / speed * by for at, by in zip(x, ahead, strict=True)]
+            else:
                 return inf
-            half = length / 2 / speed
-            ahead = self.slope([at + half * by for at, by in zip(x, slope, strict=True)])
-            speed = hypot(*ahead)
-            if speed == 0.0:
-                return inf
-            time += length / speed
-            x = [at + length / speed * by for at, by in zip(x, ahead, strict=True)]
-            if time > limit:
-                break
-        else:
-            return inf
-        return time if time <= limit else inf
+        except OverflowError:  # an exponential: as good as infinite
+            pass
+        return max(time, _INSTANT) if time <= limit else inf
 
-    def slope(self, x: Sequence[float]) -> list[float]:
-        found = [0.0] * len(x)
-        for index, value in self._read(self.tree, x)[1]:
-            found[index] += value
-        return found
+    def _settled(self, x: Sequence[float], value: float, slope: Sequence[float], length: float) -> bool:
+        """Whether x moves along itself, and f grows as its degree says, so that the rest is known."""
+        along = sum(at * by for at, by in zip(x, slope, strict=True))
+        if self.degree == inf:
+            return along > 0.99 * length
+        return along > 0.99 * length and abs(along - self.degree * value) < 0.05 * along
+
+    def at(self, x: Sequence[float]) -> tuple[float, list[float]]:
+        """f and ∂f/∂x."""
+        value, uses = self._read(self.tree, x)
+        slope = [0.0] * len(x)
+        for index, by in uses:
+            slope[index] += by
+        return value, slope
 
     def _read(self, tree: Tree, x: Sequence[float]) -> tuple[float, list[tuple[int, float]]]:
         """A tree's value, and its derivative by each use of a factor."""

@@ -7,8 +7,10 @@ followed, where a factor begins; whoever runs or generates a model reads the res
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import expm1, log
+from math import expm1, inf, log
 from statistics import fmean, pstdev
+
+from widthwise.derive.errors import DeriveError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,27 @@ class Law:
     normal: N(0, 1/fan_in at the base width). unit_normal: N(0, 1). taps: U(±1/√taps), PyTorch's default for a depthwise
     convolution. ones, zeros: constants. log_uniform: log U(low, high). inverse_softplus: the z with softplus(z)
     log-uniform in (low, high).
+
+    Raises:
+        DeriveError: for another law, or a range that has none.
     """
 
     name: str
     symmetric: bool = False
     low: float = 0.0
     high: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("normal", "unit_normal", "taps", "ones", "zeros", *_RANGED):
+            raise unknown_name("law", self.name, ["normal", "unit_normal", "taps", "ones", "zeros", *_RANGED])
+        if self.name in _RANGED and not 0 < self.low < self.high < inf:
+            raise DeriveError(
+                f"a {self.name} law from {self.low:g} to {self.high:g} is none",
+                cure="give a positive low and a larger, finite high",
+            )
+
+
+_RANGED = ("log_uniform", "inverse_softplus")
 
 
 NORMAL = Law("normal", symmetric=True)
@@ -50,6 +67,15 @@ SYMMETRIC = {law.name: law.symmetric for law in (NORMAL, UNIT_NORMAL, TAPS, ONES
 """Every law by name: whether it is symmetric, and so has a standard deviation."""
 
 
+_BEGINS = {
+    NORMAL.name: (0.0, 1.0),
+    UNIT_NORMAL.name: (0.0, 1.0),
+    TAPS.name: (0.0, 3**-0.5),
+    ONES.name: (1.0, 0.0),
+    ZEROS.name: (0.0, 0.0),
+}
+
+
 def begins(law: Law) -> tuple[float, float]:
     """(mean, standard deviation) of one entry of what a parameter multiplies by, at the base width.
 
@@ -58,17 +84,9 @@ def begins(law: Law) -> tuple[float, float]:
     if law.name in _BEGINS:
         return _BEGINS[law.name]
     evenly = [(index + 0.5) / 200 for index in range(200)]
-    if law.name == "log_uniform":
+    if law.name == DECAY_RATE.name:
         drawn = [log(law.low + (law.high - law.low) * each) for each in evenly]
     else:
-        drawn = [log(expm1(law.low * (law.high / law.low) ** each)) for each in evenly]
+        softened = [law.low * (law.high / law.low) ** each for each in evenly]
+        drawn = [each + log(-expm1(-each)) for each in softened]
     return fmean(drawn), pstdev(drawn)
-
-
-_BEGINS = {
-    NORMAL.name: (0.0, 1.0),
-    UNIT_NORMAL.name: (0.0, 1.0),
-    TAPS.name: (0.0, 3**-0.5),
-    ONES.name: (1.0, 0.0),
-    ZEROS.name: (0.0, 0.0),
-}

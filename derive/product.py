@@ -46,7 +46,7 @@ def product(*trees: Tree) -> Product:
     return Product(tuple(parts))
 
 
-MOST = 100
+MOST = 24
 """Parts that a product may have, nested ones too: a value squared forty times over would have 10¹²."""
 
 

@@ -39,8 +39,8 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
                 order.setdefault(source)
         if node.attrs.get("carrier"):
             order.setdefault(str(node.attrs["carrier"]))
-    followed = law.follows and walk.assume.channels != "typical"
-    crowded = slower(walk.graph, integrate=walk.assume.channels == "first") if followed else {}
+    crowds = law.follows and walk.assume.channels != "typical"
+    crowded = slower(walk.graph, integrate=walk.assume.channels == "first") if crowds else {}
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
@@ -49,7 +49,7 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
             rule = _of_parameter(walk, law, parameter, updates.get(role), carrying)
             # what holds a role back by a power of n is below what any power of ln N asks of it
             free = (LR, role) not in walk.knobs.fixed and not (role in updates and updates[role].held)
-            derived.append(_for_the_largest(walk, rule, crowded[role]) if free and role in crowded else rule)
+            derived.append(_for_the_first(walk, rule, crowded[role]) if free and role in crowded else rule)
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)
@@ -84,24 +84,24 @@ def _of_parameter(walk: Backward, law: Law, parameter: Parameter, update: Update
     )
 
 
-def _for_the_largest(walk: Backward, derived: Derived, asked: Slower) -> Derived:
-    """The rule with a learning rate that the largest of the channels stands."""
+def _for_the_first(walk: Backward, derived: Derived, asked: Slower) -> Derived:
+    """The rule with a learning rate that the channel stands which is the first to get away."""
     channels = asked.channels
     roles = ", ".join(channels.roles)
     integrated = walk.assume.channels == "first"
     why = (
-        f"and the first of them to get away does so as much sooner from {CHANNELS[0]} to {CHANNELS[1]} of them (their "
-        "flow integrated, with the functions between them)"
+        f"and of {CHANNELS[1]} channels the first gets away by that sooner than of {CHANNELS[0]} (the product's "
+        "flow, integrated with the functions in it)"
         if integrated
         else "and the largest, which begins √(2 ln N) typical ones high, gets away first"
     )
     fact = Fact(
-        f"lr of {derived.rule.role}, for the largest channel",
+        f"lr of {derived.rule.role}, for the {walk.assume.channels} channel",
         ZERO,
         f"no power of n, but (ln N)^{show(asked.power)} besides: {len(channels.roles)} trained factors ({roles}) "
         f"multiply in each of the N channels of {channels.axes} behind {channels.at}, {why}",
         derived.facts[-1:],
-        frozenset((f"products of trained factors: {'first' if integrated else 'largest'} channel",)),
+        frozenset((f"products of trained factors: {walk.assume.channels} channel",)),
     )
     rule = replace(
         derived.rule,

@@ -7,6 +7,7 @@ from widthwise.derive.channels import channels, slower
 from widthwise.derive.exponents import HALF, ONE
 from widthwise.derive.graph import as_group
 from widthwise.derive.laws import NORMAL
+from widthwise.derive.product import Applied
 from widthwise.derive.proof import proof_lines
 from widthwise.derive.render import latex_table
 
@@ -74,6 +75,14 @@ def test_a_sum_has_what_its_parts_share(bias: bool) -> None:
     both = g.add(g.product(product, g.linear(x, "three", width)), g.product(product, g.pointwise("tanh", one)))
     g.cross_entropy(g.readout(g.linear(both, "last", width), "head", g.dim("classes")))
     assert [set(each.roles) for each in channels(g.build()) if each.roles[0] == "last"] == [{"one", "two", "last"}]
+
+
+def test_summands_share_what_is_done_to_them_alike() -> None:
+    """Mamba-2's o + D·v: both have silu(x_proj·x_conv1d)."""
+    (each,) = (each for each in channels(architecture("mamba2")) if "out_proj" in each.roles)
+    functions = [part.function for part in each.product.parts if isinstance(part, Applied)]
+    assert functions == ["silu", "silu"]
+    assert slower(architecture("mamba2"), integrate=True)[each.roles[0]].power < each.counted
 
 
 def test_the_channels_that_ask_most_decide() -> None:

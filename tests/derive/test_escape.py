@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 from sympy import Rational
 
-from widthwise.derive import Builder, architecture, derive
+from widthwise.derive import Builder, DeriveError, architecture, derive
 from widthwise.derive.channels import channels, slower
-from widthwise.derive.escape import CHANNELS, first_away, power
-from widthwise.derive.laws import NORMAL, ONES, TAPS, ZEROS, begins, inverse_softplus, log_uniform
+from widthwise.derive.escape import CHANNELS, _away_by, _beyond, _Flow, _radius, exponent, first_away, limit, power
+from widthwise.derive.laws import NORMAL, ONES, TAPS, ZEROS, Law, begins, inverse_softplus, log_uniform
 from widthwise.derive.product import Applied, Factor, Product, product
 
 
@@ -22,14 +22,42 @@ A, B, C, D, E = normal(*"abcde")
 MLP = product(A, Applied("silu", product(B)), C)
 
 
-def slope_of_logs(tree: Product, fewer: int, more: int) -> float:
-    return math.log(first_away(tree, more) / first_away(tree, fewer)) / math.log(math.log(more) / math.log(fewer))
+@pytest.mark.parametrize("many", [3, 4, 5, 8, 12])
+def test_without_functions_it_is_what_counting_says(many: int) -> None:
+    """-(p-2)/2 as N grows; a million plain draws of eight and twelve factors have -2.54 and -3.68 from 256 to 4096."""
+    tree = product(*(Factor(name, name, NORMAL) for name in map(str, range(many))))
+    drawn = {8: -2.54, 12: -3.68}.get(many, -(many - 2) / 2)
+    assert exponent(tree, *CHANNELS) == pytest.approx(drawn, rel=0.08 if many < 8 else 0.03)
+    assert limit(tree) == Rational(2 - many, 2)
 
 
-@pytest.mark.parametrize("factors", [3, 4, 5])
-def test_without_functions_it_is_what_counting_says(factors: int) -> None:
-    tree = product(*normal(*"abcde"[:factors]))
-    assert slope_of_logs(tree, *CHANNELS) == pytest.approx(-(factors - 2) / 2, rel=0.08)
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 4, 7])
+def test_radii_beyond_which_draws_lie(dimensions: int) -> None:
+    """P(χ > r), against its density summed."""
+    width, radius = 0.01, 2.5
+    density = [
+        at ** (dimensions - 1) * math.exp(-at * at / 2) for at in (width * (index + 0.5) for index in range(1500))
+    ]
+    assert _beyond(radius, dimensions) == pytest.approx(sum(density[250:]) / sum(density), rel=1e-4)
+    assert _beyond(_radius(0.01, dimensions), dimensions) == pytest.approx(0.01)
+
+
+def test_a_draw_may_have_to_come_from_near() -> None:
+    """Of a direction not away from 6, by 0.1 from 3 and by 0.4 from 2, what lies from √6 to √18 is away by 0.2."""
+    ray = ((math.log(6), math.inf), (math.log(3), math.log(0.1)), (math.log(2), math.log(0.4)))
+    between = _beyond(math.sqrt(6), 3) - _beyond(math.sqrt(18), 3)
+    assert _away_by(math.log(0.2), ray, 3) == pytest.approx(between)
+    assert _away_by(math.log(0.05), ray, 3) == 0
+
+
+def test_where_it_begins_far_out_is_seen_as_it_is() -> None:
+    """x = (68, 1, 1): all squares grow by 2s, with ds = f dt."""
+    flow = _Flow(product(A, B, C), {"a": 0, "b": 1, "c": 2}, 3)
+    total, s, step = 0.0, 0.0, 1e-4
+    while s < 1e7:
+        x, y = math.sqrt(68**2 + 2 * s), math.sqrt(1 + 2 * s)
+        total, s, step = total + step / (x * y * y), s + step, step * 1.0005
+    assert flow.away([68.0, 1.0, 1.0], 10.0) == pytest.approx(total, rel=0.1)
 
 
 def test_three_factors_take_as_long_as_an_elliptic_integral_says() -> None:
@@ -69,12 +97,31 @@ def test_silu_makes_the_first_channel_come_sooner_and_a_gain_at_one_is_a_factor(
         product(Applied("silu", product(A)), B),
         product(Applied("sigmoid", product(A)), B, C),
         product(Applied("tanh", product(A, B)), C),
-        product(A),
         product(),
     ],
 )
 def test_what_takes_forever_asks_nothing(tree: Product) -> None:
-    assert power(tree) == 0
+    assert power(tree) == limit(tree) == 0
+
+
+def test_where_few_models_have_one_that_gets_away_factors_are_counted() -> None:
+    """Nine relus in a row: one channel of 512 begins with none of them at zero."""
+    tree = product(*(Applied("relu", product(Factor(name, name, NORMAL))) for name in map(str, range(9))))
+    assert exponent(tree, *CHANNELS) is None
+    assert power(tree) == limit(tree) == Rational(-7, 2)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        product(Applied("exp", product(Applied("exp", product(A)))), B),
+        product(Applied("exp", product(A, B, C))),
+        product(Applied("exp", product(Factor("wide", "wide", log_uniform(1e-30, 1e30)))), A, B),
+        product(*[A] * 20, B),
+    ],
+)
+def test_steep_ones_overflow_nothing(tree: Product) -> None:
+    assert power(tree) <= 0
 
 
 def test_a_saturating_gate_counts_for_less_than_a_factor() -> None:
@@ -95,9 +142,25 @@ def test_what_begins_at_zero_or_at_rest() -> None:
     assert power(still) == 0  # all channels are one channel
 
 
-def test_names_do_not_matter_but_which_factor_is_which_does() -> None:
-    assert power(product(D, Applied("silu", product(E)), B)) == power(MLP)
-    assert power(product(A, Applied("silu", product(A)), A)) != power(MLP)
+def test_names_and_order_do_not_matter_but_which_factor_is_which_does() -> None:
+    assert exponent(product(Applied("silu", product(E)), B, D), *CHANNELS) == exponent(MLP, *CHANNELS)
+    alike = product(A, Applied("silu", product(A)), A)
+    assert first_away(alike, CHANNELS[0]) != pytest.approx(first_away(MLP, CHANNELS[0]), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "at", "drawn"),
+    [
+        ("heads-fixed", "y", -1.81),
+        ("head-dim-fixed", "y", -1.44),
+        ("heads-fixed", "o", -1.27),
+        ("heads-fixed", "mlp_out", -0.61),
+    ],
+)
+def test_products_of_gated_deltanet(scaling: str, at: str, drawn: float) -> None:
+    """As a million plain draws have it from 192 to 3072, within what the ends differ by (bench/transfer/escape.py)."""
+    (tree,) = (each.product for each in channels(architecture("gated_deltanet", scaling=scaling)) if each.at == at)
+    assert exponent(tree, *CHANNELS) == pytest.approx(drawn, abs=0.025)
 
 
 @pytest.mark.parametrize("scaling", ["heads-fixed", "head-dim-fixed"])
@@ -147,6 +210,16 @@ def test_where_laws_begin() -> None:
     mean, std = begins(log_uniform(1.0, 16.0))
     assert mean == pytest.approx(16 * math.log(16) / 15 - 1, abs=1e-3)
     assert 0 < std < 1
+    assert begins(inverse_softplus(1, 1000))[0] == pytest.approx(144.6, rel=0.01)
     mean, std = begins(inverse_softplus(1e-3, 1e-1))
     assert mean == pytest.approx(math.log(1e-2), abs=0.05)
     assert std == pytest.approx(math.log(100) / math.sqrt(12), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("law", "ends"),
+    [("log_uniform", (-1, 1)), ("inverse_softplus", (0, 1)), ("log_uniform", (1, math.nan)), ("mine", ())],
+)
+def test_laws_that_there_are_not(law: str, ends: tuple[float, ...]) -> None:
+    with pytest.raises(DeriveError, match="law"):
+        Law(law, False, *ends)
