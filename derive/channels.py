@@ -60,7 +60,7 @@ def channels(graph: Graph) -> tuple[Channels, ...]:
 
 @dataclass(frozen=True)
 class Slower:
-    """How much slower the largest of the channels needs a role to be: by (ln N)^power."""
+    """How much slower these channels need a role to be: by (ln N)^power."""
 
     channels: Channels
     power: Expr

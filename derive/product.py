@@ -51,7 +51,7 @@ MOST = 24
 
 
 def within_bounds(tree: Product) -> Product:
-    """The product itself or, where it has more parts than may be, its factors, each once."""
+    """The product itself or, where it has more parts than may be, its factors, each once, without their functions."""
     return tree if _parts(tree) <= MOST else Product(factors(tree))
 
 

@@ -26,8 +26,8 @@ def same(traced, described, roles: dict[str, str], optimizers=OPTIMIZERS) -> Non
             )
             assert a == b, (optimizer, role, other)
     mine, theirs = slower(traced), slower(described)
-    assert {role: each.slower for role, each in mine.items()} == {
-        role: theirs[other].slower for role, other in roles.items() if other in theirs
+    assert {role: each.power for role, each in mine.items()} == {
+        role: theirs[other].power for role, other in roles.items() if other in theirs
     }
 
 
