@@ -103,10 +103,10 @@ _Known = dict[tuple[str, frozenset[Dim]], Product]
 def _summed(graph: Graph) -> Iterator[Channels]:
     known: _Known = {}
     for node in graph.ordered:
-        dims, weights, met = _contraction(graph, node)
+        dims, weight, met = _contraction(graph, node)
         if growing := _grow(dims):
             parts = (_factors(graph, name, growing, known) for name in met)
-            yield Channels(node.output, Group(dims), within_bounds(product(*_own(graph, weights), *parts)))
+            yield Channels(node.output, Group(dims), within_bounds(product(*_own(graph, weight), *parts)))
 
 
 def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], str, tuple[str, ...]]:

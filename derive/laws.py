@@ -31,8 +31,8 @@ class Law:
     high: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("normal", "unit_normal", "taps", "ones", "zeros", *_RANGED):
-            raise unknown_name("law", self.name, ["normal", "unit_normal", "taps", "ones", "zeros", *_RANGED])
+        if self.name not in _PLAIN + _RANGED:
+            raise unknown_name("law", self.name, list(_PLAIN + _RANGED))
         if self.name in _RANGED and not 0 < self.low < self.high < inf:
             raise DeriveError(
                 f"a {self.name} law from {self.low:g} to {self.high:g} is none",
@@ -40,7 +40,7 @@ class Law:
             )
 
 
-_RANGED = ("log_uniform", "inverse_softplus")
+_PLAIN, _RANGED = ("normal", "unit_normal", "taps", "ones", "zeros"), ("log_uniform", "inverse_softplus")
 
 
 NORMAL = Law("normal", symmetric=True)
