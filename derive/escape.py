@@ -14,7 +14,7 @@ leave ±0.01 to ±0.04.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -72,21 +72,16 @@ def first_away(tree: Product, channels: int) -> float:
     return _times(_ordered(tree), channels).first(channels)
 
 
-def _ordered(tree: Product) -> Product:
+def _ordered(tree: Product, names: dict[Factor, str] | None = None) -> Product:
     """The same product whatever its factors are called, in an order of its own (that given, where parts look alike)."""
-    return _renamed(tree, {})
-
-
-def _renamed(tree: Product, names: dict[Factor, str]) -> Product:
-    parts: list[Factor | Applied | Product] = []
+    names = {} if names is None else names
+    parts: list[Factor | Applied] = []
     for part in sorted(tree.parts, key=_shape):
         match part:
             case Factor(law=law):
                 parts.append(Factor("", names.setdefault(part, str(len(names))), law))
             case Applied(function, inner):
-                parts.append(Applied(function, _renamed(inner, names)))
-            case Product():
-                parts.append(_renamed(part, names))
+                parts.append(Applied(function, _ordered(inner, names)))
     return Product(tuple(parts))
 
 
@@ -116,11 +111,8 @@ class _Times:
         wanted = _wanted(channels)
         if self.share(self.cut) < wanted:
             return inf
-        low, high = min(time for ray in self.rays for _, time in ray) - 1.0, self.cut
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.share(middle) < wanted else (low, middle)
-        return exp(low)
+        soonest = min(time for ray in self.rays for _, time in ray)
+        return exp(_bisected(lambda at: self.share(at) >= wanted, soonest - 1.0, self.cut))
 
     def share(self, at: float) -> float:
         """The share of all draws that is away by e^at."""
@@ -166,13 +158,14 @@ def _beyond(radius: float, dimensions: int) -> float:
 
 def _radius(share: float, dimensions: int) -> float:
     """The radius that such a share of draws exceeds."""
-    low, high = 0.0, 10.0 + sqrt(dimensions)
+    return _bisected(lambda radius: _beyond(radius, dimensions) <= share, 0.0, 10.0 + sqrt(dimensions))
+
+
+def _bisected(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Where something begins to hold that does not at the low end and does at the high one."""
     for _ in range(40):
         middle = (low + high) / 2
-        if _beyond(middle, dimensions) > share:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 

@@ -27,9 +27,9 @@ class Applied:
 
 @dataclass(frozen=True)
 class Product:
-    """The product of its parts; 1 of none."""
+    """The product of its parts, none of which is a product itself; 1 of none."""
 
-    parts: tuple[Factor | Applied | Product, ...] = ()
+    parts: tuple[Factor | Applied, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.parts)
@@ -40,7 +40,7 @@ Tree = Factor | Applied | Product
 
 def product(*trees: Tree) -> Product:
     """Their product, in which products among them are taken apart and those of nothing left out."""
-    parts: list[Factor | Applied | Product] = []
+    parts: list[Factor | Applied] = []
     for tree in trees:
         parts += tree.parts if isinstance(tree, Product) else (tree,)
     return Product(tuple(parts))

@@ -16,32 +16,20 @@ from collections.abc import Sequence
 from statistics import median
 
 import torch
-from escape import CASES, A, B, Drawn
-from torch import Tensor
+from escape import CASES, A, B, Drawn, begin, read
 
-from widthwise.derive.laws import begins
 from widthwise.derive.product import Factor, degree, product
 
 CHANNELS = (256, 1024, 4096, 16384)
 SEEDS, GOAL, STEP, LATEST = 5, 0.99, 0.02, 50.0
 
 
-def read(drawn: Drawn, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel's product, and its slopes by its factors."""
-    at = x.detach().requires_grad_()
-    products = drawn(at)
-    (slopes,) = torch.autograd.grad(products.sum(), at)
-    return products.detach(), slopes
-
-
 def arrive(drawn: Drawn, order: Sequence[Factor], channels: int, seed: int) -> tuple[float, float]:
     """(curvature, channels that carry the sum) where the flow arrives."""
-    mean, std = (torch.tensor(each, dtype=torch.float64) for each in zip(*(begins(f.law) for f in order), strict=True))
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(channels, len(order), generator=generator, dtype=torch.float64) * std + mean
+    x = begin(order, channels, torch.Generator().manual_seed(seed))
     products, slopes = read(drawn, x)
-    begin, elapsed = float(products.mean()), 0.0
-    while (left := begin + 1 - float(products.mean())) > 1 - GOAL and elapsed < LATEST:
+    before, elapsed = float(products.mean()), 0.0
+    while (left := before + 1 - float(products.mean())) > 1 - GOAL and elapsed < LATEST:
         time = STEP / float((slopes.abs() / (x.abs() + 0.3)).max())  # by no more than a fiftieth of any factor
         time = min(time, 0.3 * left / float(slopes.square().sum() / channels))  # nor past the goal
         x, elapsed = x + time * slopes, elapsed + time

@@ -66,11 +66,18 @@ CASES: tuple[tuple[str, Product, Sequence[Factor], Drawn], ...] = (  # a tree, a
 )
 
 
-def slope(drawn: Drawn, x: Tensor) -> Tensor:
-    with torch.enable_grad():
-        at = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(drawn(at).sum(), at)
-    return gradient
+def begin(order: Sequence[Factor], draws: int, generator: torch.Generator) -> Tensor:
+    """Draws of factors as models begin, [draws, factors]."""
+    mean, std = (torch.tensor(each, dtype=torch.float64) for each in zip(*(begins(f.law) for f in order), strict=True))
+    return torch.randn(draws, len(order), generator=generator, dtype=torch.float64) * std + mean
+
+
+def read(drawn: Drawn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each draw's product, and its slopes by its factors."""
+    at = x.detach().requires_grad_()
+    products = drawn(at)
+    (slopes,) = torch.autograd.grad(products.sum(), at)
+    return products.detach(), slopes
 
 
 def first(drawn: Drawn, x: Tensor) -> Tensor:
@@ -80,8 +87,8 @@ def first(drawn: Drawn, x: Tensor) -> Tensor:
     most = 0.05 * len(x)
     while gone < most:  # the first of 192 is among the first hundredth
         length = STEP * (0.3 + x.norm(dim=1, keepdim=True))
-        trial = slope(drawn, x)
-        ahead = slope(drawn, x + 0.5 * length * trial / trial.norm(dim=1, keepdim=True).clamp_min(1e-30))
+        _, trial = read(drawn, x)
+        _, ahead = read(drawn, x + 0.5 * length * trial / trial.norm(dim=1, keepdim=True).clamp_min(1e-30))
         speed = ahead.norm(dim=1, keepdim=True).clamp_min(1e-30)
         x, t = x + length * ahead / speed, t + (length / speed).squeeze(1)
         away = x.abs().amax(1) > AWAY
@@ -104,15 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1_000_000)
     draws = parser.parse_args().draws
-    torch.manual_seed(0)
     torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
     head = " | ".join(map(str, CHANNELS))
     print(f"| channels | {head} | power of ln N | drawn: {head} | power |\n| --- |" + " ---: |" * 10)
     for name, tree, order, drawn in CASES:
-        mean, std = (
-            torch.tensor(each, dtype=torch.float64) for each in zip(*(begins(f.law) for f in order), strict=True)
-        )
-        away = first(drawn, torch.randn(draws, len(order), dtype=torch.float64) * std + mean)
+        away = first(drawn, begin(order, draws, generator))
         ranks = [(1 - 0.5 ** (1 / many)) * draws for many in CHANNELS]
         at = [float(away[int(rank)]) for rank in ranks]
         # of the rarest quantile, by one standard deviation of its rank

@@ -10,7 +10,7 @@ from widthwise.codegen.parametrization import context
 from widthwise.codegen.request import Request
 from widthwise.derive import Builder, DeriveError, architecture, derive
 from widthwise.derive.escape import first_away
-from widthwise.derive.laws import NORMAL, ONES, TAPS, Law, begins
+from widthwise.derive.laws import NORMAL, ONES, TAPS, begins
 from widthwise.derive.product import Applied, Factor, product
 from widthwise.verify.transfer.train import generated
 
@@ -46,10 +46,8 @@ def test_the_largest_of_n_products_gets_away_after_a_power_of_ln_n(factors: int)
 
 def test_the_engine_follows_silu_as_torch_does() -> None:
     """silu(a·taps) silu(b) c, from plain draws and autograd: when the first of some channels is away, in the median."""
-    tree = product(
-        *(Applied("silu", product(*parts)) for parts in ((_factor("a"), _factor("t", TAPS)), (_factor("b"),))),
-        _factor("c"),
-    )
+    a, b, c = (Factor(name, name, NORMAL) for name in "abc")
+    tree = product(Applied("silu", product(a, Factor("t", "t", TAPS))), Applied("silu", product(b)), c)
     draws = 100_000
     x = torch.randn(draws, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x[:, 1] *= begins(TAPS)[1]
@@ -74,10 +72,6 @@ def test_the_engine_follows_silu_as_torch_does() -> None:
     for several in (50, 200):
         measured = float(times[round(draws * (1 - 0.5 ** (1 / several)))])
         assert first_away(tree, several) == pytest.approx(measured, rel=0.04)
-
-
-def _factor(name: str, law: Law = NORMAL) -> Factor:
-    return Factor(name, name, law)
 
 
 @pytest.mark.parametrize("assume", ["largest-channel", "first-channel"])
