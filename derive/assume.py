@@ -29,8 +29,9 @@ class Assumptions:
         nonlinear_mean: what to make of a mean that a nonlinearity creates (SiLU): ``crossover`` compares the
             axis with the length at which the mean takes over, ``coherent`` and ``ignored`` do not look.
         channels: whether steps that follow gradients are held for the ``typical`` channel or, where several trained
-            factors multiply in each, for the ``largest`` one of very many, or for the ``first`` that gets away at the
-            widths people train (see :mod:`widthwise.derive.channels`).
+            factors multiply in each, for the ``largest`` one of very many, for the ``first`` that gets away at the
+            widths people train, or for the one ``carrying`` the sum after that, where one does (see
+            :mod:`widthwise.derive.channels`).
     """
 
     name: str
@@ -43,7 +44,7 @@ class Assumptions:
     forward_backward: Literal["symmetry", "aligned"] = "symmetry"
     backward_weight: Literal["symmetry", "operator-norm"] = "symmetry"
     nonlinear_mean: Literal["crossover", "coherent", "ignored"] = "crossover"
-    channels: Literal["typical", "largest", "first"] = "typical"
+    channels: Literal["typical", "largest", "first", "carrying"] = "typical"
     regime: Regime = "practical"
     regimes: tuple[Regime, ...] = ("practical",)
     preset: bool = False
@@ -79,6 +80,8 @@ _WORDS = {
     "coherent": "coherent (past every crossover)",
     "largest": "no channel gets away sooner, the largest of all included",
     "first": "the first of all channels gets away no sooner, as their products' flow is integrated",
+    "carrying": "curvature along the one channel that carries a sum once it has got away is held; where many share "
+    "the sum, the first of them gets away no sooner",
     "ignored": "ignored: a nonlinearity is treated as if it were odd",
 }
 
@@ -103,6 +106,13 @@ SETS: dict[str, Assumptions] = {
             "as largest-channel, with what nonlinearities between the factors do at the widths people train: each "
             "product's flow is integrated, where largest-channel counts factors, which is the limit of many channels",
             channels="first",
+            regimes=("practical", "asymptotic", "throughout"),
+        ),
+        Assumptions(
+            "carrying-channel",
+            "as first-channel; where one channel carries what training adds to a sum, as the products' flow tells, "
+            "learning rates are held for the curvature along it, a power of n",
+            channels="carrying",
             regimes=("practical", "asymptotic", "throughout"),
         ),
         Assumptions(
@@ -205,7 +215,8 @@ def assumptions(
 
 def in_regime(chosen: Assumptions, regime: Regime) -> Assumptions:
     """The same set in another regime. Past its crossovers means have taken over, forward · backward has aligned, and
-    channels are so many that their factors' number alone tells when the first gets away."""
+    channels are so many that their factors' number alone tells when the first gets away. (Which sums one channel
+    carries the number does not tell: of three factors it takes many orders of magnitude more.)"""
     if regime != "asymptotic" or regime == chosen.regime:
         return replace(chosen, regime=regime)
     return replace(
@@ -213,5 +224,5 @@ def in_regime(chosen: Assumptions, regime: Regime) -> Assumptions:
         regime=regime,
         nonlinear_mean="coherent",
         forward_backward="aligned",
-        channels="typical" if chosen.channels == "typical" else "largest",
+        channels="largest" if chosen.channels == "first" else chosen.channels,
     )

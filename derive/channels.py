@@ -8,21 +8,23 @@ begin at x₀ gets away (p ≥ 3; p is the product's degree) after a time ∝ x�
 not see it.
 
 That is the limit of many channels. What nonlinearities between the factors make of it at the widths people train is
-integrated (:mod:`widthwise.derive.escape`).
+integrated (:mod:`widthwise.derive.escape`). And where the channel that got away carries the whole sum, that does ask
+for a power of n (:mod:`widthwise.derive.carrier`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from sympy import Expr
 
+from widthwise.derive import carrier
 from widthwise.derive.escape import limit, power
-from widthwise.derive.exponents import ZERO
+from widthwise.derive.exponents import ZERO, at_most
 from widthwise.derive.gaussian import FUNCTIONS
-from widthwise.derive.graph import Dim, Graph, Group, Node, atoms
+from widthwise.derive.graph import Dim, Graph, Group, Node, atoms, extent
 from widthwise.derive.ops.einsum import summed
 from widthwise.derive.ops.registry import lookup
 from widthwise.derive.product import Applied, Factor, Product, factors, product, within_bounds
@@ -52,6 +54,17 @@ class Channels:
         """The same exponent at the widths people train, from the products' own flow."""
         return power(self.product)
 
+    @property
+    def carried(self) -> Expr:
+        """The exponent of n by which the same learning rates have to scale once one channel has got away and carries
+        the sum alone: -(1-2/p) of the channels' own, 0 where many share it."""
+        return carrier.power(self.product) * extent(self.axes.dims)
+
+    @property
+    def share(self) -> float:
+        """What part of what training adds to their sum one of a few hundred has."""
+        return carrier.share(self.product)
+
 
 def channels(graph: Graph) -> tuple[Channels, ...]:
     """Wherever channels are summed of which a wider model has more, the factors that multiply in each."""
@@ -60,19 +73,30 @@ def channels(graph: Graph) -> tuple[Channels, ...]:
 
 @dataclass(frozen=True)
 class Slower:
-    """How much slower these channels need a role to be: by (ln N)^power."""
+    """How much slower these channels need a role to be: by (ln N)^power, or by n^power where one carries their sum."""
 
     channels: Channels
     power: Expr
 
 
-def slower(graph: Graph, integrate: bool = False) -> dict[str, Slower]:
-    """For each role what the channels that ask most of its learning rate ask, where any ask something."""
+def slower(graph: Graph, integrate: bool = False, but: Collection[str] = ()) -> dict[str, Slower]:
+    """For each role but some what the channels that ask most of its learning rate ask, where any ask something: the
+    exponent of ln N."""
+    return _most(graph, (lambda each: each.integrated) if integrate else (lambda each: each.counted), but)
+
+
+def carried(graph: Graph) -> dict[str, Slower]:
+    """The same for those of which one carries their sum: the exponent of n."""
+    return _most(graph, lambda each: each.carried)
+
+
+def _most(graph: Graph, asks: Callable[[Channels], Expr], but: Collection[str] = ()) -> dict[str, Slower]:
     found: dict[str, Slower] = {}
     for each in channels(graph):
-        asked = Slower(each, each.integrated if integrate else each.counted)
-        for role in each.roles if asked.power != ZERO else ():
-            if role not in found or asked.power < found[role].power:
+        roles = [role for role in each.roles if role not in but]
+        asked = Slower(each, asks(each) if roles else ZERO)
+        for role in roles if asked.power != ZERO else ():
+            if role not in found or not at_most(found[role].power, asked.power):
                 found[role] = asked
     return found
 

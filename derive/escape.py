@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from math import erfc, exp, expm1, fsum, gamma, hypot, inf, isfinite, log, sqrt
+from math import erfc, exp, expm1, fsum, gamma, hypot, inf, log, sqrt
 from statistics import NormalDist
 
 from sympy import Expr, Rational
 
 from widthwise.derive.exponents import ZERO
-from widthwise.derive.gaussian import FUNCTIONS
+from widthwise.derive.flow import Flow
 from widthwise.derive.laws import begins
-from widthwise.derive.product import Applied, Factor, Product, Tree, degree, factors
+from widthwise.derive.product import Product, counted, degree, factors, ordered
 
 CHANNELS = (256, 4096)
 """Where the power of ln N is taken, about what trained models have; it is used beyond too."""
@@ -36,7 +36,6 @@ RESOLUTION = 20
 
 _DIRECTIONS, _ENOUGH = 4000, 400  # to try at most, and of those with a draw that gets away
 _RADII, _FARTHEST, _NEAREST = 8, 1e-7, 0.8  # how many, and the share of draws beyond the first and the last
-_STEP, _AWAY, _MOST_STEPS, _INSTANT = 0.1, 20.0, 250, 1e-30  # a step over x; where the rest may be known; no time
 _TRIES, _AMPLE = 14, 1.4  # how often to look three times as far; times are followed for so much longer than is asked
 
 
@@ -49,19 +48,18 @@ def power(tree: Product) -> Expr:
     found = exponent(tree, *CHANNELS)
     if found is not None:
         return Rational(round(RESOLUTION * found), RESOLUTION)
-    return limit(tree) if _times(_ordered(tree), CHANNELS[0]).rays else ZERO
+    return limit(tree) if _times(ordered(tree), CHANNELS[0]).rays else ZERO
 
 
 def limit(tree: Product) -> Expr:
     """The same exponent as N tends to infinity: -(p-2)/2 for a product of degree p, 0 for p ≤ 2. An exponential has
     no such limit, and its factors are counted."""
-    order = degree(tree)
-    return -Rational(max(0, (len(factors(tree)) if order == inf else round(order)) - 2), 2)
+    return -Rational(max(0, counted(tree) - 2), 2)
 
 
 def exponent(tree: Product, fewer: int, more: int) -> float | None:
     """The exponent of ln N in T(N) between two numbers of channels; None where the first of fewer has no T."""
-    times = _times(_ordered(tree), fewer)
+    times = _times(ordered(tree), fewer)
     early, late = times.first(fewer), times.first(more)
     return None if early == inf else log(late / early) / log(log(more) / log(fewer))
 
@@ -69,30 +67,7 @@ def exponent(tree: Product, fewer: int, more: int) -> float | None:
 def first_away(tree: Product, channels: int) -> float:
     """The median time after which the first of so many channels is away, where dx/dt = ∂f/∂x; infinite where more
     often than not none gets away."""
-    return _times(_ordered(tree), channels).first(channels)
-
-
-def _ordered(tree: Product, names: dict[Factor, str] | None = None) -> Product:
-    """The same product whatever its factors are called, in an order of its own (that given, where parts look alike)."""
-    names = {} if names is None else names
-    parts: list[Factor | Applied] = []
-    for part in sorted(tree.parts, key=_shape):
-        match part:
-            case Factor(law=law):
-                parts.append(Factor("", names.setdefault(part, str(len(names))), law))
-            case Applied(function, inner):
-                parts.append(Applied(function, _ordered(inner, names)))
-    return Product(tuple(parts))
-
-
-def _shape(tree: Tree) -> str:
-    """What a tree looks like without its factors' names."""
-    match tree:
-        case Factor(law=law):
-            return f"~{law}"
-        case Applied(function, inner):
-            return f"{function}({_shape(inner)})"
-    return "".join(sorted(map(_shape, tree.parts)))
+    return _times(ordered(tree), channels).first(channels)
 
 
 @dataclass(frozen=True)
@@ -177,7 +152,7 @@ def _times(tree: Product, channels: int) -> _Times:
     drawn = [index for index, (_, std) in enumerate(laws) if std > 0]
     if not drawn:  # all channels are one channel
         return _Times((), 0, inf, 0)
-    flow = _Flow(tree, {factor.tensor: index for index, factor in enumerate(names)}, degree(tree))
+    flow = Flow.of(tree)
 
     def away(direction: Sequence[float], radius: float, limit: float) -> float:
         x = [mean for mean, _ in laws]
@@ -245,82 +220,3 @@ def _directions(dimensions: int) -> Iterator[list[float]]:
         vector = [quantile(each) for each in at]
         length = hypot(*vector)
         yield [each / length for each in vector]
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """dx/dt = ∂f/∂x for a product f, whose factors stand at ``place`` in x; where all are large f is of ``degree``."""
-
-    tree: Product
-    place: dict[str, int]
-    degree: float
-
-    def away(self, x: list[float], limit: float) -> float:
-        """The time after which x is infinite, by midpoint steps whose length grows with x; ∞ if that is later than
-        limit, or if x comes to rest or is not away after so many steps."""
-        time = 0.0
-        try:
-            for _ in range(_MOST_STEPS):
-                value, slope = self.at(x)
-                size, speed = hypot(*x), hypot(*slope)
-                if speed == 0.0 or time > limit:
-                    return inf
-                if not isfinite(speed):
-                    break
-                if size > _AWAY and self._settled(x, value, slope, size * speed):
-                    time += size / speed / (self.degree - 2)  # on along a ray: dr/dt = speed (r/size)^(degree-1)
-                    break
-                length = _STEP * (0.3 + size)
-                half = length / 2 / speed
-                _, ahead = self.at([at + half * by for at, by in zip(x, slope, strict=True)])
-                speed = hypot(*ahead)
-                if speed == 0.0:
-                    return inf
-                time += length / speed
-                x = [at + length / speed * by for at, by in zip(x, ahead, strict=True)]
-            else:
-                return inf
-        except OverflowError:  # an exponential: as good as infinite
-            pass
-        return max(time, _INSTANT) if time <= limit else inf
-
-    def _settled(self, x: Sequence[float], value: float, slope: Sequence[float], length: float) -> bool:
-        """Whether x moves along itself, and f grows as its degree says, so that the rest is known."""
-        along = sum(at * by for at, by in zip(x, slope, strict=True))
-        if self.degree == inf:
-            return along > 0.99 * length
-        return along > 0.99 * length and abs(along - self.degree * value) < 0.05 * along
-
-    def at(self, x: Sequence[float]) -> tuple[float, list[float]]:
-        """f and ∂f/∂x."""
-        value, uses = self._read(self.tree, x)
-        slope = [0.0] * len(x)
-        for index, by in uses:
-            slope[index] += by
-        return value, slope
-
-    def _read(self, tree: Tree, x: Sequence[float]) -> tuple[float, list[tuple[int, float]]]:
-        """A tree's value, and its derivative by each use of a factor."""
-        match tree:
-            case Factor(tensor=tensor):
-                index = self.place[tensor]
-                return x[index], [(index, 1.0)]
-            case Applied(function, inner):
-                z, slopes = self._read(inner, x)
-                value, steep = _differentiated(function, z)
-                return value, [(index, steep * each) for index, each in slopes]
-        parts = [self._read(part, x) for part in tree.parts]
-        before, total = [], 1.0
-        for value, _ in parts:
-            before.append(total)
-            total *= value
-        found, after = [], 1.0
-        for (value, slopes), ahead in zip(reversed(parts), reversed(before), strict=True):
-            found += [(index, ahead * after * each) for index, each in slopes]
-            after *= value
-        return total, found
-
-
-def _differentiated(function: str, z: float, step: float = 1e-4) -> tuple[float, float]:
-    f = FUNCTIONS[function]
-    return f(z), (f(z + step) - f(z - step)) / (2 * step)

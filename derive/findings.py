@@ -278,7 +278,7 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
                 f"{len(each.roles)} trained factors ({', '.join(each.roles)}) multiply in each of the N channels of "
                 f"{each.axes}; under steps that follow gradients the largest channel gets away first, and the largest "
                 f"stable lr of these roles falls as (ln N)^{show(each.counted)}, which is no power of n",
-                "derive with --assume first-channel, or sweep the learning rate again at several times the width",
+                "derive with --assume carrying-channel, or sweep the learning rate again at several times the width",
             )
 
 

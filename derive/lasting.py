@@ -16,7 +16,7 @@ from sympy import Expr
 
 from widthwise.derive.assume import in_regime
 from widthwise.derive.backward import Backward
-from widthwise.derive.exponents import ZERO, n_to, smallest
+from widthwise.derive.exponents import n_to, smallest
 from widthwise.derive.facts import Fact, settled
 from widthwise.derive.forward import walk_forward
 from widthwise.derive.optimizers import Law
@@ -46,7 +46,7 @@ def lasting(early: Backward, updates: Mapping[str, Update], law: Law, fixed: Fix
 def _hold(update: Update, norm: Outgrown) -> Fact:
     return Fact(
         update.binding.subject,
-        update.lr - norm.excess,
+        update.lr - update.slower - norm.excess,
         f"its steps move {norm.scan.inputs[0]}·{norm.scan.inputs[1]} coherently, {n_to(norm.excess)} more than it is "
         f"as training begins, in front of {norm.norm.output}",
         (update.binding,),
@@ -55,8 +55,7 @@ def _hold(update: Update, norm: Outgrown) -> Fact:
 
 def _slowed(update: Update, rates: list[Fact], holds: list[Fact], law: Law) -> Update:
     lr = smallest(rate.value for rate in rates + holds)
-    slower = lr - update.lr
-    if slower == ZERO:
+    if lr == update.lr:
         return update
     binding = next((rate for rate in rates + holds if rate.value == lr), None)
     return replace(
@@ -64,6 +63,6 @@ def _slowed(update: Update, rates: list[Fact], holds: list[Fact], law: Law) -> U
         lr=lr,
         weight_decay=law.decay.exponent(update.weight, lr),
         binding=binding or Fact(update.binding.subject, lr, "the smallest of several", (*rates, *holds)),
-        slower=slower,
-        held=binding in holds,
+        slower=lr - (update.lr - update.slower),
+        held=update.held or binding in holds,
     )

@@ -86,3 +86,32 @@ def degree(tree: Tree) -> float:
             grows = degree(inner)
             return 0.0 if function in _BOUNDED or not grows else inf if function in _STEEPEST else grows
     return sum(degree(part) for part in tree.parts)
+
+
+def counted(tree: Tree) -> int:
+    """How many factors a product counts for: its degree, or where that is infinite as many as there are."""
+    order = degree(tree)
+    return len(factors(tree)) if order == inf else round(order)
+
+
+def ordered(tree: Product, names: dict[Factor, str] | None = None) -> Product:
+    """The same product whatever its factors are called, in an order of its own (that given, where parts look alike)."""
+    names = {} if names is None else names
+    parts: list[Factor | Applied] = []
+    for part in sorted(tree.parts, key=_shape):
+        match part:
+            case Factor(law=law):
+                parts.append(Factor("", names.setdefault(part, str(len(names))), law))
+            case Applied(function, inner):
+                parts.append(Applied(function, ordered(inner, names)))
+    return Product(tuple(parts))
+
+
+def _shape(tree: Tree) -> str:
+    """What a tree looks like without its factors' names."""
+    match tree:
+        case Factor(law=law):
+            return f"~{law}"
+        case Applied(function, inner):
+            return f"{function}({_shape(inner)})"
+    return "".join(sorted(map(_shape, tree.parts)))

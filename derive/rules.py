@@ -40,16 +40,16 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
         if node.attrs.get("carrier"):
             order.setdefault(str(node.attrs["carrier"]))
     crowds = law.follows and walk.assume.channels != "typical"
-    crowded = slower(walk.graph, integrate=walk.assume.channels == "first") if crowds else {}
+    # what holds a role back by a power of n is below what any power of ln N asks of it
+    held = {role for role, update in updates.items() if update.held or (LR, role) in walk.knobs.fixed}
+    crowded = slower(walk.graph, walk.assume.channels != "largest", but=held) if crowds else {}
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
         carrying = carriers.get(role)
         if parameter is not None:
             rule = _of_parameter(walk, law, parameter, updates.get(role), carrying)
-            # what holds a role back by a power of n is below what any power of ln N asks of it
-            free = (LR, role) not in walk.knobs.fixed and not (role in updates and updates[role].held)
-            derived.append(_for_the_first(walk, rule, crowded[role]) if free and role in crowded else rule)
+            derived.append(_for_the_first(walk, rule, crowded[role]) if role in crowded else rule)
         elif carrying is not None:
             derived.append(_of_multiplier(walk, role, carrying))
     return tuple(derived)
@@ -88,20 +88,20 @@ def _for_the_first(walk: Backward, derived: Derived, asked: Slower) -> Derived:
     """The rule with a learning rate that the channel stands which is the first to get away."""
     channels = asked.channels
     roles = ", ".join(channels.roles)
-    integrated = walk.assume.channels == "first"
+    which = "largest" if walk.assume.channels == "largest" else "first"
     why = (
         f"and of {CHANNELS[1]} channels the first gets away by that sooner than of {CHANNELS[0]} (the product's "
         "flow, integrated with the functions in it)"
-        if integrated
+        if which == "first"
         else "and the largest, which begins √(2 ln N) typical ones high, gets away first"
     )
     fact = Fact(
-        f"lr of {derived.rule.role}, for the {walk.assume.channels} channel",
+        f"lr of {derived.rule.role}, for the {which} channel",
         ZERO,
         f"no power of n, but (ln N)^{show(asked.power)} besides: {len(channels.roles)} trained factors ({roles}) "
         f"multiply in each of the N channels of {channels.axes} behind {channels.at}, {why}",
         derived.facts[-1:],
-        frozenset((f"products of trained factors: {walk.assume.channels} channel",)),
+        frozenset((f"products of trained factors: {which} channel",)),
     )
     rule = replace(
         derived.rule,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sympy import Expr
 
 from widthwise.derive.backward import Backward
+from widthwise.derive.carrier import CHANNELS
+from widthwise.derive.channels import Slower, carried
 from widthwise.derive.exponents import ZERO, largest, n_to, show, smallest
 from widthwise.derive.facts import Fact
 from widthwise.derive.graph import Parameter, atoms, extent
@@ -30,7 +32,7 @@ class Update:
     effects: tuple[Fact, ...]  # (size of what the step moves at lr exponent 0) for each use, for audits
     bounds: tuple[Expr, ...]
     slower: Expr = ZERO  # how far lr was put below what this walk allows
-    held: bool = False  # whether that is for the sake of a norm behind q·k
+    held: bool = False  # whether that is by a power of n for what powers of ln N would be asked for
 
     @property
     def allowed(self) -> Expr:
@@ -69,9 +71,12 @@ def solve_updates(walk: Backward, law: Law, fixed: Mapping[tuple[str, str], Expr
     """The largest learning rate of each parameter at which its own step moves every tensor it feeds by no more
     than that tensor tolerates: the maximal update."""
     updates: dict[str, Update] = {}
+    asked = carried(walk.graph) if law.follows and walk.assume.channels == "carrying" else {}
     for role, parameter in walk.graph.parameters.items():
         if parameter.trainable:
-            updates[role] = _solve_one(walk, parameter, law, fixed.get((LR, role)))
+            update = _solve_one(walk, parameter, law, fixed.get((LR, role)))
+            free = role in asked and (LR, role) not in fixed
+            updates[role] = _for_the_carrying(update, asked[role], law) if free else update
     return updates
 
 
@@ -104,6 +109,24 @@ def _solve_one(walk: Backward, parameter: Parameter, law: Law, pinned: Expr | No
         effects,
         bounds,
     )
+
+
+def _for_the_carrying(update: Update, asked: Slower, law: Law) -> Update:
+    """The update at a rate that the channel stands which carries the sum once it has got away."""
+    channels = asked.channels
+    lr = update.lr + asked.power
+    binding = Fact(
+        update.binding.subject,
+        lr,
+        f"{len(channels.roles)} trained factors ({', '.join(channels.roles)}) multiply in each channel of "
+        f"{channels.axes} behind {channels.at}; one that gets away carries what training adds to their sum "
+        f"({channels.share:.0%} of it in a median model of {CHANNELS}), and curvature along it is "
+        f"{n_to(-asked.power)} larger",
+        (update.binding,),
+        frozenset(("products of trained factors: carrying channel",)),
+    )
+    decay = law.decay.exponent(update.weight, lr)
+    return replace(update, lr=lr, weight_decay=decay, binding=binding, slower=asked.power, held=True)
 
 
 def _uses(walk: Backward, role: str, step: Step) -> list[tuple[Fact, Fact]]:

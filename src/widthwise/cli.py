@@ -55,7 +55,8 @@ def _request(command: Command) -> Command:
             click.option("--scaling", help="heads-fixed, head-dim-fixed or mixed (d_head ∝ n^h, symbolic)"),
             click.option(
                 "--assume",
-                help="assumption set: at-init (default), aligned, unaligned; under SGD first-channel, largest-channel",
+                help="assumption set: at-init (default), aligned, unaligned; "
+                "under SGD carrying-channel, first-channel, largest-channel",
             ),
             click.option("--preset", help="assumptions of a publication, e.g. liu-gu-2026"),
             click.option(

@@ -9,7 +9,8 @@ from sympy import Rational
 
 from widthwise.derive import Builder, DeriveError, architecture, derive
 from widthwise.derive.channels import channels, slower
-from widthwise.derive.escape import CHANNELS, _away_by, _beyond, _Flow, _radius, exponent, first_away, limit, power
+from widthwise.derive.escape import CHANNELS, _away_by, _beyond, _radius, exponent, first_away, limit, power
+from widthwise.derive.flow import Flow
 from widthwise.derive.laws import NORMAL, ONES, TAPS, ZEROS, Law, begins, inverse_softplus, log_uniform
 from widthwise.derive.product import Applied, Factor, Product, product
 
@@ -52,7 +53,7 @@ def test_a_draw_may_have_to_come_from_near() -> None:
 
 def test_where_it_begins_far_out_is_seen_as_it_is() -> None:
     """x = (68, 1, 1): all squares grow by 2s, with ds = f dt."""
-    flow = _Flow(product(A, B, C), {"a": 0, "b": 1, "c": 2}, 3)
+    flow = Flow.of(product(A, B, C))
     total, s, step = 0.0, 0.0, 1e-4
     while s < 1e7:
         x, y = math.sqrt(68**2 + 2 * s), math.sqrt(1 + 2 * s)

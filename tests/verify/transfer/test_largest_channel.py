@@ -1,6 +1,8 @@
-"""The laws behind ``--assume largest-channel`` and ``first-channel``, run rather than derived, and groups that obey."""
+"""The laws behind ``--assume largest-channel``, ``first-channel`` and ``carrying-channel``, run rather than derived,
+and groups that obey."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn.functional import silu
 
 from widthwise.codegen.parametrization import context
 from widthwise.codegen.request import Request
-from widthwise.derive import Builder, DeriveError, architecture, derive
+from widthwise.derive import Builder, DeriveError, architecture, carrier, derive
 from widthwise.derive.escape import first_away
 from widthwise.derive.laws import NORMAL, ONES, TAPS, begins
 from widthwise.derive.product import Applied, Factor, product
@@ -106,6 +108,61 @@ def test_groups_have_it_and_the_base_width_is_untouched(assume: str) -> None:
                 assert largest[role]["weight_decay"] == pytest.approx(typical[role]["weight_decay"] / slower)
                 if width == 64:
                     assert largest[role]["lr"] == typical[role]["lr"] == 0.5
+
+
+def test_where_one_channel_carries_the_sum_curvature_grows_as_the_rule_says() -> None:
+    """The flow of 1/N Σ f, all channels of a model together by autograd, until it has risen by one: rate times
+    curvature along the gradient there, N Σ|∂f/∂x|², from 256 to 4096 channels (median of five models)."""
+    a, b, c = (Factor(name, name, NORMAL) for name in "abc")
+    output = product(Applied("silu", product(a, Factor("t", "t", TAPS))), Applied("silu", product(b)), c)
+    mlp = product(Applied("silu", product(a)), b, c)
+
+    def curvature(value: Callable[[torch.Tensor], torch.Tensor], scale: torch.Tensor, channels: int) -> float:
+        found = []
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(channels, len(scale), dtype=torch.float64, generator=generator) * scale
+            first = None
+            while True:
+                at = x.detach().requires_grad_()
+                mean = value(at).mean()
+                (slope,) = torch.autograd.grad(mean * channels, at)
+                first = float(mean.detach()) if first is None else first
+                left = first + 1 - float(mean.detach())
+                if left < 0.01:
+                    break
+                step = min(
+                    0.03 / float((slope.abs() / (x.abs() + 0.3)).max()),
+                    0.3 * left / float(slope.square().mean(0).sum()),
+                )
+                x = x + step * slope
+            found.append(float(slope.square().sum() / channels))
+        return math.log(sorted(found)[2])
+
+    grown = math.log(4096 / 256)
+    for tree, value, begun in (
+        (output, lambda x: silu(x[:, 0] * x[:, 1]) * silu(x[:, 2]) * x[:, 3], [1, begins(TAPS)[1], 1, 1]),
+        (mlp, lambda x: silu(x[:, 0]) * x[:, 1] * x[:, 2], [1, 1, 1]),
+    ):
+        scale = torch.tensor(begun, dtype=torch.float64)
+        slope = (curvature(value, scale, 4096) - curvature(value, scale, 256)) / grown
+        assert slope == pytest.approx(-float(carrier.power(tree)), abs=0.1)
+
+
+@pytest.mark.parametrize("scaling", ["heads-fixed", "head-dim-fixed"])
+def test_groups_are_slowed_for_the_channel_that_carries(scaling: str) -> None:
+    rules = generated(Request("gated_deltanet", "sgd", scaling=scaling, assume="carrying-channel"), "parametrization")
+    (cls,) = (
+        each
+        for name, each in vars(generated(Request("gated_deltanet", scaling=scaling), "model")).items()
+        if name.endswith("LM")
+    )
+    model = cls(**cls.widened(256, width=64, depth=1, vocab=17, H=6, d_k=8, d_v=16, ffn=176), device="meta")
+    rules.set_multipliers(model, width=256, base_width=64)
+    found = {group["name"]: group["lr"] for group in rules.param_groups(model, lr=1.0, width=256, base_width=64)}
+    assert found["o_proj"] == pytest.approx(4 ** (-3 / 5 if scaling == "heads-fixed" else -1 / 2))
+    assert found["q_conv1d"] == pytest.approx(4 ** (1 / 2))
+    assert found["up_proj"] == pytest.approx((math.log(176) / math.log(704)) ** (3 / 5))
 
 
 @pytest.mark.parametrize("width", [64, 256])
