@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import log
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,21 @@ class Rule:
         logs = {} if self.lr_log is None else {"lr_log": show(self.lr_log), "channels": self.channels}
         return plain | logs | {"binding": self.binding, "assumed": list(self.assumed)}
 
-    def factors(self, width: float, base_width: float) -> dict[str, float]:
+    def slowed(self, channels: float, at_base: float) -> float:
+        """What so many channels, and so many at the base width, leave of the learning rate: (ln N / ln N_base)^lr_log,
+        1.0 where that has no say."""
+        return 1.0 if self.lr_log is None else float((log(channels) / log(at_base)) ** float(self.lr_log))
+
+    def factors(self, width: float, base_width: float, slowed: float | None = None) -> dict[str, float]:
         """What to multiply each base value by at this width: exactly 1.0 at the base width.
 
+        Args:
+            slowed: what :meth:`slowed` says, where the number of channels has a say.
+
         Raises:
-            DeriveError: when an exponent is symbolic, or more than the widths is needed.
+            DeriveError: when an exponent is symbolic, or the number of channels is needed and not given.
         """
-        if self.lr_log is not None:
+        if self.lr_log is not None and slowed is None:
             raise DeriveError(
                 f"lr of {self.role} depends on the number of channels, {self.channels}, which the width does not tell",
                 cure="generate a parametrization, whose models tell it, or derive with --assume at-init",
@@ -71,7 +80,11 @@ class Rule:
                 raise DeriveError(
                     f"{knob} of {self.role} is {n_to(value)}", cure="derive one scaling, not the mixed one"
                 )
-        return {knob: (width / base_width) ** float(value) for knob, value in exponents.items()}
+        found: dict[str, float] = {knob: (width / base_width) ** float(value) for knob, value in exponents.items()}
+        for knob, by in (("lr", slowed), ("weight_decay", 1 / slowed)) if slowed is not None else ():
+            if knob in found:
+                found[knob] *= by
+        return found
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,15 @@ def coordinate_check(
         if found.whole_seeds < 2:
             raise
     named = {each.name for each in predicted if each.kind == "forward"}
+    crowded = {each.crowded.role: each.crowded for each in predicted if each.crowded is not None}
+    slowed = {role: [subject.slowed(rule, width) for width in widths] for role, rule in crowded.items()}
     return Report(
         title,
         rules,
         widths,
         found.whole_seeds,
         steps,
-        results(found, predicted, steps, follows_gradient=follows_gradient),
+        results(found, predicted, steps, follows_gradient=follows_gradient, slowed=slowed),
         curves(found, steps, named),
         curves(beside, steps, named),
         interrupted,

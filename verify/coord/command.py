@@ -62,11 +62,6 @@ def command(request: Request, asked: Asked) -> int:
     if seeds < 2:
         raise DeriveError("one seed has no standard error", cure="give --seeds 2 or more")
     subject, reference, graph, table = _subject(request, asked, base)
-    if any(rule.lr_log is not None for rule in table.rules):
-        raise DeriveError(
-            "these rules have powers of ln N besides those of n, and a slope in the width cannot tell the two apart",
-            cure="check the rules of --assume at-init, which are the same but for powers of ln N",
-        )
     predicted = predictions(graph, table)
     console = Console(highlight=False, width=None if Console().is_terminal else 120)
     bar = Progress(

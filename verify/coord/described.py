@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from widthwise.derive import Graph, RuleTable
 from widthwise.derive.errors import DeriveError
 from widthwise.derive.exponents import ZERO
 from widthwise.derive.graph import Dim, Node, atoms
+from widthwise.derive.table import Rule
 from widthwise.verify.coord.predict import used_in
 from widthwise.verify.coord.subject import Batch, Effect, Model, Snapshot, mixed
 from widthwise.verify.execute import Setting, apply, draw_one, execute
@@ -69,6 +71,14 @@ class Described:
     def _sizes(self) -> dict[str, int]:
         return {name: self.sizes.get(name) or self._usual(dim) for name, dim in self.dims.items()}
 
+    def slowed(self, rule: Rule, width: int) -> float:
+        """What the number of channels leaves of a learning rate at this width."""
+        if not rule.channels:
+            return 1.0
+        dims = [self.dims[name] for name in rule.channels.split("*")]
+        now, at_base = (prod(map(self.setting(each).size, dims)) for each in (width, self.base))
+        return rule.slowed(now, at_base)
+
     @property
     def base_lr(self) -> float:
         """The learning rate at the base width."""
@@ -105,7 +115,8 @@ class Described:
         for role, value in drawn.items():
             if not value.requires_grad:
                 continue
-            factors = self.table.rule(role).factors(width, self.base)
+            rule = self.table.rule(role)
+            factors = rule.factors(width, self.base, self.slowed(rule, width))
             group: dict[str, Any] = {"params": [value], "lr": self.base_lr * factors["lr"]}
             if "eps" in factors:
                 group["eps"] = self.eps * factors["eps"]

@@ -19,7 +19,8 @@ from widthwise.codegen.request import Request
 from widthwise.derive import Graph, RuleTable
 from widthwise.derive.architectures import ARCHITECTURES
 from widthwise.derive.errors import DeriveError
-from widthwise.derive.graph import Rows
+from widthwise.derive.graph import Parameter, Rows, extent
+from widthwise.derive.table import Rule
 from widthwise.derive.toml_io import read_toml
 from widthwise.verify.coord.described import LEARNING_RATE, TOKENS, optimizer_of
 from widthwise.verify.coord.predict import used_in
@@ -168,11 +169,41 @@ class Factory:
             if any(re.fullmatch(re.escape(glob).replace(r"\*", r"[^.]+"), plain(name)) for glob in rule.parameters)
         ]
 
+    def slowed(self, rule: Rule, width: int) -> float:
+        """What the number of channels, read off a parameter of a model made at this width, leaves of a learning rate.
+
+        Raises:
+            DeriveError: when no parameter has that many entries along an axis.
+        """
+        if not rule.channels:
+            return 1.0
+        for parameter in self.graph.parameters.values():
+            for axis, group in enumerate(parameter.shape):
+                if str(group) == rule.channels:
+                    now = self._entries(parameter, axis, width)
+                    return rule.slowed(now, now * (self.base / width) ** float(extent(group.dims)))
+        raise DeriveError(
+            f"the learning rate of {rule.role} depends on the size of {rule.channels}, which no parameter has",
+            where=self.name,
+            cure="check the rules of --assume at-init",
+        )
+
+    def _entries(self, parameter: Parameter, axis: int, width: int) -> int:
+        """How many entries a parameter has along an axis of its description, in the model made at this width."""
+        if parameter.input_first:
+            axis = 0 if axis == len(parameter.shape) - 1 else axis + 1
+        rows = parameter.rows
+        if rows is not None and rows.axis == axis:
+            return _grown(rows, width / rows.width)[rows.index]
+        shape = next(shape for name, shape in self._shapes[width].items() if parameter.role in self._roles(name))
+        return shape[axis]
+
     def _groups(self, model: nn.Module, width: int) -> list[dict[str, Any]]:
         base = LEARNING_RATE.get(self.table.optimizer, 1e-3) if self.lr is None else self.lr
         groups = []
         for name, parameter in model.named_parameters():
-            rates = {self.table.rule(role).factors(width, self.base)["lr"] for role in self._roles(name)}
+            rules = [self.table.rule(role) for role in self._roles(name)]
+            rates = {rule.factors(width, self.base, self.slowed(rule, width))["lr"] for rule in rules}
             if len(rates) > 1 and parameter.requires_grad:
                 raise DeriveError(
                     f"the rows of {plain(name)} need different learning rates",
@@ -214,8 +245,7 @@ class _Run:
         if rows is None:
             return whole
         axis = rows.axis if axis is None else axis % whole.dim()
-        ratio = self.width / rows.width
-        sizes = [round(size * ratio ** float(power)) for size, power in zip(rows.sizes, rows.exponents, strict=True)]
+        sizes = _grown(rows, self.width / rows.width)
         split = whole.reshape(*whole.shape[:axis], -1, sum(sizes), *whole.shape[axis + 1 :])
         return split.narrow(axis + 1, sum(sizes[: rows.index]), sizes[rows.index]).flatten(axis, axis + 1)
 
@@ -316,6 +346,11 @@ class _Run:
 
     def _readers(self, role: str) -> list[Any]:
         return [node for node, _ in self.subject.graph.consumers(role)]
+
+
+def _grown(rows: Rows, ratio: float) -> list[int]:
+    """The sizes of a packed tensor's parts at so many times the width that they are given for."""
+    return [round(size * ratio ** float(power)) for size, power in zip(rows.sizes, rows.exponents, strict=True)]
 
 
 def _splits(module: nn.Module) -> bool:

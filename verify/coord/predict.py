@@ -19,7 +19,7 @@ from widthwise.derive.ops.registry import lookup
 from widthwise.derive.optimizers import Law, Weight
 from widthwise.derive.optimizers import optimizer as law_of
 from widthwise.derive.solve import STEP
-from widthwise.derive.table import KNOBS
+from widthwise.derive.table import KNOBS, Rule
 from widthwise.derive.update import solve_updates, weight_of
 
 Kind = Literal["forward", "gradient", "weight", "weight gradient", "step", "own step", "upstream", "change"]
@@ -43,6 +43,7 @@ class Prediction:
     ``name`` is a tensor or a role; steps and changes are named ``role in tensor``. ``tolerated`` is what the tensor
     tolerates where that is known, which a prediction may exceed (the engine then has a finding about it). ``least``,
     where there is one, is the exponent at initialization of what training raises to ``exponent``: steps lie between.
+    ``crowded`` is the rule of a step in which the number of channels has a say besides, by a power of its logarithm.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Prediction:
     bound: bool = False
     tolerated: float | None = None
     least: float | None = None
+    crowded: Rule | None = None
 
     @property
     def key(self) -> tuple[Kind, str]:
@@ -114,16 +116,18 @@ def predictions(graph: Graph, table: RuleTable, assumed: Assumptions | None = No
             continue
         found.append(Prediction("weight gradient", role, _number(start.gradients[role].size)))
         update = updates[role]
+        rule = table.rule(role)
+        crowded = None if rule.lr_log is None else rule
         entry = law.step(weight_of(walk, parameter)).entry
         followed = walk.gradients[role].size if follows_gradient(table.optimizer) else ZERO
-        found.append(Prediction("step", role, _number(update.lr + entry - followed)))
+        found.append(Prediction("step", role, _number(update.lr + entry - followed), crowded=crowded))
         for tensor, effect, first, tolerated in zip(
             _uses(graph, role), update.effects, at_start[role].effects, bounds[role], strict=True
         ):
             size, least, limit = (
                 _number(each) for each in (update.lr + effect.value, update.lr + first.value, tolerated)
             )
-            own = Prediction("own step", used_in(role, tensor), size, tolerated=limit)
+            own = Prediction("own step", used_in(role, tensor), size, tolerated=limit, crowded=crowded)
             found.append(own if least == size else replace(own, least=least))
             for change in walk.states[tensor].changes if tensor != role else ():
                 if change.fact.subject == f"change of {tensor} from upstream":

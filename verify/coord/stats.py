@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, inf, log, nan, sqrt
 from statistics import fmean, stdev
@@ -91,10 +91,16 @@ def judge(slope: Slope, predicted: float, bound: bool = False, least: float | No
 
 
 def results(
-    found: Measurements, predicted: Iterable[Prediction], steps: int, *, follows_gradient: bool
+    found: Measurements,
+    predicted: Iterable[Prediction],
+    steps: int,
+    *,
+    follows_gradient: bool,
+    slowed: Mapping[str, Sequence[float]] | None = None,
 ) -> tuple[Result, ...]:
     """Every prediction that was measured: sizes and gradients before the first step, changes after the first and the
-    last. ``follows_gradient``: the optimizer's step is as heavy-tailed as the gradient (SGD)."""
+    last. ``follows_gradient``: the optimizer's step is as heavy-tailed as the gradient (SGD). ``slowed`` has, by role
+    and width, what the number of channels leaves of a learning rate: no power of n, and taken out of its steps."""
     made = []
     for each in predicted:
         last = {1, steps} if each.kind in ("own step", "upstream", "change") else {1 if each.kind == "step" else 0}
@@ -106,6 +112,9 @@ def results(
                 rows = [
                     [a / b if b else 0.0 for a, b in zip(*both, strict=True)] for both in zip(rows, beside, strict=True)
                 ]
+            if each.crowded is not None and slowed is not None:
+                by = slowed[each.crowded.role]
+                rows = [[size / factor for size, factor in zip(row, by, strict=True)] for row in rows]
             if all(size == 0.0 for row in rows for size in row):
                 continue  # not measured, or a change that there is not: no row of the embedding is upstream of it
             made.append(_result(found.widths, each, step, statistic, [row for row in rows if min(row) > 0.0]))

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from widthwise.derive.table import Rule
+
 Batch = Mapping[str, Tensor]
 
 
@@ -58,6 +60,10 @@ class Subject(Protocol):
     what takes the noise out of slopes."""
 
     def make(self, width: int, seed: int) -> Model: ...
+
+    def slowed(self, rule: Rule, width: int) -> float:
+        """What the number of channels leaves of this rule's learning rate in a model of this width, once made."""
+        ...
 
     def batch(self, seed: int) -> Batch:
         """Data for this seed, the same at every width."""

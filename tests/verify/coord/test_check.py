@@ -1,6 +1,7 @@
 """The check on models small enough for tests: correct rules pass, planted faults do not."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from functools import cache
@@ -67,6 +68,26 @@ def test_planted_faults_fail_and_are_named(optimizer: str, role: str, knob: str,
     report = check(optimizer, role, knob, by, seeds=3)
     assert not report.passed
     assert any(told in line for line in report.findings), report.findings
+
+
+def test_a_wrong_power_of_the_logarithm_shows() -> None:
+    """Steps are held against the power of n alone, the number of channels' say at each width taken out."""
+    graph = architecture("gated_deltanet")
+    right = derive(graph, "sgd", "largest-channel")
+    forgotten = replace(
+        right, rules=tuple(replace(rule, lr_log=None) if rule.role == "o_proj" else rule for rule in right.rules)
+    )
+    slopes = {}
+    for name, table in (("right", right), ("forgotten", forgotten)):
+        subject = Described(graph, table, BASE)
+        seen = coordinate_check(
+            subject, predictions(graph, right), WIDTHS, seeds=range(2), steps=1, follows_gradient=True
+        )
+        (slopes[name],) = (each.slope.value for each in seen.results if (each.kind, each.name) == ("step", "o_proj"))
+        assert all(each.crowded is None for each in predictions(graph, right) if each.kind not in ("step", "own step"))
+    counted = math.log(math.log(256) / math.log(64)) / math.log(4)  # H*d_v: 64 channels at the base width
+    assert slopes["right"] == pytest.approx(0, abs=0.01)
+    assert slopes["forgotten"] == pytest.approx(1.5 * counted, abs=0.05)
 
 
 def test_own_and_upstream_make_up_the_change() -> None:

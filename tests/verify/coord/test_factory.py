@@ -1,6 +1,8 @@
 """Somebody's own factory, seen from outside."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from widthwise.codegen.request import Request
-from widthwise.derive import DeriveError, Graph, RuleTable
+from widthwise.derive import DeriveError, Graph, RuleTable, derive
 from widthwise.derive.toml_io import write_toml
 from widthwise.verify.coord.check import Report, coordinate_check
 from widthwise.verify.coord.factory import Factory, described_by
@@ -86,6 +88,35 @@ def test_rules_in_the_absorbed_gauge() -> None:
     )
     assert report.passed, report.findings
     assert any(each.name == "logits" for each in report.results)
+
+
+def test_rules_that_need_the_number_of_channels() -> None:
+    """Read off the shapes of the models that are made, for optimizers of the check's own and to be taken out again."""
+    _, _, graph, _ = generated()
+    table = derive(graph, "sgd", "largest-channel")
+    factory = Factory("own:make", make_model, graph, table, BASE)
+    run = factory.make(256, 0)
+    rates = {id(group["params"][0]): group["lr"] for group in run.optimizer.param_groups}
+    for role, channels, power in (("o_proj", 64, 1.5), ("k_conv1d", 64, 1.0), ("up_proj", 64, 0.5)):
+        slowed = (math.log(channels) / math.log(4 * channels)) ** power
+        assert factory.slowed(table.rule(role), 256) == pytest.approx(slowed)
+        plain = 0.3 * 4 ** float(table.rule(role).lr)
+        assert rates[id(run.named[role][1])] == pytest.approx(plain * slowed)
+    assert factory.slowed(table.rule("lm_head"), 256) == 1.0
+    report = coordinate_check(
+        factory, predictions(graph, table), WIDTHS, seeds=range(6), steps=1, follows_gradient=True
+    )
+    assert report.passed, report.findings
+    slopes = {each.name: each.slope.value for each in report.results if each.kind == "step"}
+    assert slopes["o_proj"] == pytest.approx(0, abs=0.02)
+
+
+def test_channels_that_no_parameter_has() -> None:
+    _, _, graph, _ = generated()
+    table = derive(graph, "sgd", "largest-channel")
+    factory = Factory("own:make", make_model, graph, table, BASE)
+    with pytest.raises(DeriveError, match=r"size of H\*taps, which no parameter has"):
+        factory.slowed(replace(table.rule("o_proj"), channels="H*taps"), 256)
 
 
 def test_one_learning_rate_for_all_fails() -> None:

@@ -3,11 +3,14 @@
 Ten and more seeds, and wider models: docs/results/tracing.md.
 """
 
+import math
+
 import pytest
 import torch
 from checked_models import BASE, CLASSES, VARIANTS, Checked
 
 from widthwise.codegen.request import Request
+from widthwise.derive import derive
 from widthwise.derive.graph_toml import write_graph
 from widthwise.verify.coord.check import Report, coordinate_check
 from widthwise.verify.coord.predict import predictions
@@ -78,6 +81,26 @@ def test_rows_are_seen_one_by_one(reports, traced, tmp_path) -> None:
     seen = [each for each in reports("qwen3_next").results if each.name.split(" in ")[0] in packed]
     assert {each.name for each in seen if each.kind == "weight"} == packed
     assert {"weight", "step", "weight gradient", "own step"} <= {each.kind for each in seen}
+
+
+def test_channels_are_counted_in_packed_weights(traced, tmp_path) -> None:
+    """Of a factory's models the number of channels is read off the rows that a role has of a larger tensor."""
+    file = tmp_path / "model.toml"
+    file.write_text(write_graph(traced("qwen3_next").graph), encoding="utf-8")
+    model = Checked("qwen3_next", graph_file=file)
+    factory = model.factory()
+    factory.make(4 * BASE, 0)
+    table = derive(model.graph, "sgd", "largest-channel")
+    rows = {role for role, parameter in model.graph.parameters.items() if parameter.rows is not None}
+    crowded = [rule for rule in table.rules if rule.lr_log is not None and rule.role in rows]
+    assert crowded
+    for rule in crowded:
+        run = factory.make(4 * BASE, 0)
+        axis = [str(group) for group in model.graph.parameters[rule.role].shape].index(rule.channels)
+        now = run.parameters[rule.role].shape[axis]
+        assert factory.slowed(rule, 4 * BASE) == pytest.approx(
+            (math.log(now) / math.log(now / 4)) ** float(rule.lr_log)
+        )
 
 
 def test_a_wrong_init_fails(traced, tmp_path) -> None:
