@@ -216,7 +216,7 @@ def assumptions(
 def in_regime(chosen: Assumptions, regime: Regime) -> Assumptions:
     """The same set in another regime. Past its crossovers means have taken over, forward · backward has aligned, and
     channels are so many that their factors' number alone tells when the first gets away. (Which sums one channel
-    carries the number does not tell: of three factors it takes many orders of magnitude more.)"""
+    carries the number does not tell: of three factors many do at any width that is built.)"""
     if regime != "asymptotic" or regime == chosen.regime:
         return replace(chosen, regime=regime)
     return replace(

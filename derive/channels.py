@@ -22,7 +22,7 @@ from sympy import Expr
 
 from widthwise.derive import carrier
 from widthwise.derive.escape import limit, power
-from widthwise.derive.exponents import ZERO, at_most
+from widthwise.derive.exponents import ZERO, smallest
 from widthwise.derive.gaussian import FUNCTIONS
 from widthwise.derive.graph import Dim, Graph, Group, Node, atoms, extent
 from widthwise.derive.ops.einsum import summed
@@ -32,11 +32,13 @@ from widthwise.derive.product import Applied, Factor, Product, factors, product,
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that are summed in ``at``: their axes, and what multiplies in each."""
+    """Channels that are summed in ``at``, along ``summed``; ``axes`` are these and those that they lie beside, such as
+    heads, which compete to be the first; and what multiplies in each."""
 
     at: str
     axes: Group
     product: Product
+    summed: Group
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -57,8 +59,10 @@ class Channels:
     @property
     def carried(self) -> Expr:
         """The exponent of n by which the same learning rates have to scale once one channel has got away and carries
-        the sum alone: -(1-2/p) of the channels' own, 0 where many share it."""
-        return carrier.power(self.product) * extent(self.axes.dims)
+        the sum alone: -(1-2/p) of that of the terms that one sum has, 0 where many share it or it has as many at every
+        width. (One of a head's terms carries what its head sums, not what others do.)"""
+        terms = extent(self.summed.dims)
+        return carrier.power(self.product) * terms if terms != ZERO else ZERO
 
     @property
     def share(self) -> float:
@@ -96,8 +100,10 @@ def _most(graph: Graph, asks: Callable[[Channels], Expr], but: Collection[str] =
         roles = [role for role in each.roles if role not in but]
         asked = Slower(each, asks(each) if roles else ZERO)
         for role in roles if asked.power != ZERO else ():
-            if role not in found or not at_most(found[role].power, asked.power):
-                found[role] = asked
+            before = found.setdefault(role, asked)
+            power = smallest((before.power, asked.power))
+            if power != before.power:
+                found[role] = Slower(each, power)
     return found
 
 
@@ -127,28 +133,30 @@ _Known = dict[tuple[str, frozenset[Dim]], Product]
 def _summed(graph: Graph) -> Iterator[Channels]:
     known: _Known = {}
     for node in graph.ordered:
-        dims, weight, met = _contraction(graph, node)
+        dims, over, weight, met = _contraction(graph, node)
         if growing := _grow(dims):
             parts = (_factors(graph, name, growing, known) for name in met)
-            yield Channels(node.output, Group(dims), within_bounds(product(*_own(graph, weight), *parts)))
+            found = within_bounds(product(*_own(graph, weight), *parts))
+            yield Channels(node.output, Group(dims), found, Group(over))
 
 
-def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], str, tuple[str, ...]]:
-    """The channels that a node sums (with the axes they lie beside, such as heads), the weight that it sums them with,
-    and the activations that have them."""
+def _contraction(graph: Graph, node: Node) -> tuple[tuple[Dim, ...], tuple[Dim, ...], str, tuple[str, ...]]:
+    """The channels that a node sums (with the axes they lie beside, such as heads), the axes that it sums, the weight
+    that it sums them with, and the activations that have them."""
     shapes = graph.shapes
     if node.op in ("linear", "convolution"):
         x, weight = node.inputs
         inputs = shapes[weight][-1:] if node.op == "linear" else shapes[weight][1:2]
-        return atoms(inputs), weight, (x,)
+        return atoms(inputs), atoms(inputs), weight, (x,)
     if node.op == "scan":
-        return atoms(shapes[node.inputs[0]]), "", node.inputs[:2]
+        keys = atoms(shapes[node.inputs[0]])
+        return keys, tuple(dim for dim in keys if dim not in atoms(node.shape)), "", node.inputs[:2]
     if node.op == "einsum":
         one, other = (atoms(shapes[name]) for name in node.inputs)
         if over := summed_by(graph, node):
             beside = set(one) & set(other)
-            return tuple(dim for dim in dict.fromkeys(one + other) if dim in beside.union(over)), "", node.inputs
-    return (), "", ()
+            return tuple(dim for dim in dict.fromkeys(one + other) if dim in beside.union(over)), over, "", node.inputs
+    return (), (), "", ()
 
 
 def summed_by(graph: Graph, node: Node) -> tuple[Dim, ...]:

@@ -276,9 +276,11 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
                 each.at,
                 ZERO,
                 f"{len(each.roles)} trained factors ({', '.join(each.roles)}) multiply in each of the N channels of "
-                f"{each.axes}; under steps that follow gradients the largest channel gets away first, and the largest "
-                f"stable lr of these roles falls as (ln N)^{show(each.counted)}, which is no power of n",
-                "derive with --assume carrying-channel, or sweep the learning rate again at several times the width",
+                f"{each.axes}; under steps that follow gradients the largest channel gets away first, the sooner the "
+                "more there are: until it is away the largest stable lr of these roles falls as "
+                f"(ln N)^{show(each.counted)}, which is no power of n",
+                "derive with --assume carrying-channel, which has what comes then too, or sweep the learning rate "
+                "again at several times the width",
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from sympy import Expr
 
+from widthwise.derive.assume import Assumptions
 from widthwise.derive.backward import Backward
 from widthwise.derive.channels import Slower, slower
 from widthwise.derive.escape import CHANNELS
@@ -42,7 +43,7 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
     crowds = law.follows and walk.assume.channels != "typical"
     # what holds a role back by a power of n is below what any power of ln N asks of it
     held = {role for role, update in updates.items() if update.held or (LR, role) in walk.knobs.fixed}
-    crowded = slower(walk.graph, walk.assume.channels != "largest", but=held) if crowds else {}
+    crowded = slower(walk.graph, integrate=_integrated(walk.assume), but=held) if crowds else {}
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
@@ -84,11 +85,16 @@ def _of_parameter(walk: Backward, law: Law, parameter: Parameter, update: Update
     )
 
 
+def _integrated(assume: Assumptions) -> bool:
+    """Whether the widths people train are asked about, rather than the limit of many channels."""
+    return assume.channels != "largest" and assume.regime != "asymptotic"
+
+
 def _for_the_first(walk: Backward, derived: Derived, asked: Slower) -> Derived:
     """The rule with a learning rate that the channel stands which is the first to get away."""
     channels = asked.channels
     roles = ", ".join(channels.roles)
-    which = "largest" if walk.assume.channels == "largest" else "first"
+    which = "first" if _integrated(walk.assume) else "largest"
     why = (
         f"and of {CHANNELS[1]} channels the first gets away by that sooner than of {CHANNELS[0]} (the product's "
         "flow, integrated with the functions in it)"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from sympy import Expr
 
 from widthwise.derive.backward import Backward
-from widthwise.derive.carrier import CHANNELS
+from widthwise.derive.carrier import ASKED
 from widthwise.derive.channels import Slower, carried
 from widthwise.derive.exponents import ZERO, largest, n_to, show, smallest
 from widthwise.derive.facts import Fact
@@ -120,7 +120,7 @@ def _for_the_carrying(update: Update, asked: Slower, law: Law) -> Update:
         lr,
         f"{len(channels.roles)} trained factors ({', '.join(channels.roles)}) multiply in each channel of "
         f"{channels.axes} behind {channels.at}; one that gets away carries what training adds to their sum "
-        f"({channels.share:.0%} of it in a median model of {CHANNELS}), and curvature along it is "
+        f"({channels.share:.0%} of it in a median model of {ASKED}), and curvature along it is "
         f"{n_to(-asked.power)} larger",
         (update.binding,),
         frozenset(("products of trained factors: carrying channel",)),

@@ -4,12 +4,12 @@ from random import Random
 from statistics import median
 
 import pytest
-from sympy import Rational
+from sympy import Expr, Min, Rational, Symbol
 
 from widthwise.derive import Builder, architecture, derive
-from widthwise.derive.carrier import CHANNELS, power, share
-from widthwise.derive.channels import carried, channels
-from widthwise.derive.exponents import HALF
+from widthwise.derive.carrier import ASKED, power, share
+from widthwise.derive.channels import carried, channels, slower
+from widthwise.derive.exponents import HALF, ONE, ZERO
 from widthwise.derive.laws import NORMAL, ONES, TAPS, log_uniform
 from widthwise.derive.product import Applied, Factor, Product, product
 from widthwise.derive.proof import proof_lines
@@ -86,7 +86,7 @@ def test_more_factors_leave_the_sum_to_fewer() -> None:
     shares = [share(tree) for tree in many]
     assert shares == sorted(shares)
     assert shares[0] < 0.05 < 0.75 < shares[-1]
-    assert share(many[1], 4 * CHANNELS) < share(many[1])
+    assert share(many[1], 4 * ASKED) < share(many[1])
 
 
 @pytest.mark.parametrize(
@@ -95,34 +95,43 @@ def test_more_factors_leave_the_sum_to_fewer() -> None:
         product(Applied("exp", product(Applied("exp", product(A)))), B),
         product(Applied("exp", product(Factor("wide", "wide", log_uniform(1e-30, 1e30)))), A, B),
         product(*[A] * 20, B),
-        product(*(Applied("relu", product(Factor(name, name, NORMAL))) for name in map(str, range(10)))),
+        product(Applied("exp", product(Applied("exp", product(A))))),
+        product(Applied("exp", product(A)), Applied("exp", product(A))),
     ],
 )
-def test_steep_ones_overflow_nothing_and_those_at_rest_carry_nothing(tree: Product) -> None:
+def test_steep_ones_overflow_nothing(tree: Product) -> None:
+    """Nor is a rate ever raised: of an exponential its factors count, and one is no reason to."""
     assert 0 <= share(tree) <= 1
-    assert -1 <= power(tree) <= 0
+    assert -1 < power(tree) <= 0
+
+
+def test_those_at_rest_carry_nothing() -> None:
+    """Ten relus in a row: of most models no channel begins with none of them at zero, and the sum never rises."""
+    tree = product(*(Applied("relu", product(Factor(name, name, NORMAL))) for name in map(str, range(10))))
+    assert share(tree) == 0.0
+    assert power(tree) == 0
 
 
 @pytest.mark.parametrize("regime", ["practical", "asymptotic", "throughout"])
-@pytest.mark.parametrize(("scaling", "gain"), [("heads-fixed", {"o_norm"}), ("head-dim-fixed", set()), ("mixed", None)])
-def test_rules_of_gated_deltanet(scaling: str, gain: set[str] | None, regime: str) -> None:
-    """As typical, but for the mixer's products: n^-1/2, behind W_o n^-3/5 where the gain is a factor of its own."""
+@pytest.mark.parametrize(
+    ("scaling", "gain", "keys"),
+    [("heads-fixed", {"o_norm"}, -HALF), ("head-dim-fixed", set(), ZERO), ("mixed", set(), -Symbol("h") / 2)],
+)
+def test_rules_of_gated_deltanet(scaling: str, gain: set[str], keys: Expr, regime: str) -> None:
+    """As typical, but for the mixer's products: behind W_o n^-1/2, n^-3/5 where the gain is a factor of its own, and
+    for q·k a power of the terms that a head sums; by powers of ln N where many channels share a sum."""
     graph = architecture("gated_deltanet", scaling=scaling)
     typical = rates(derive(graph, "sgd", regime="asymptotic" if regime == "asymptotic" else "practical"))
     table = derive(graph, "sgd", "carrying-channel", regime=regime)
-    found = rates(table)
-    factors = set(carried(graph))
-    assert factors >= MIXER | KEYS
-    assert not factors & MLP
-    if gain is not None:
-        assert factors == MIXER | KEYS | gain
-        behind = -Rational(3, 5) if gain else -HALF
-        for role in factors:
-            assert found[role] == typical[role] + (-HALF if role in KEYS else behind), role
+    asked = {role: each.power for role, each in carried(graph).items()}
+    held = dict.fromkeys(KEYS, keys) if keys != ZERO else {}
+    assert asked == held | dict.fromkeys(MIXER | gain, -Rational(3, 5) if gain else -HALF)
+    assert all(table.rule(role).lr == typical[role] + power for role, power in asked.items())
+    first = {role: each.power for role, each in slower(graph, integrate=regime != "asymptotic").items()}
     for rule in table.rules:
         assert rule.lr is None or rule.weight_decay == -rule.lr
-        assert (rule.lr_log is not None) == (rule.role in MLP)
-    assert {(each.kind, each.where) for each in table.findings}.isdisjoint({("norm-outgrown", "o"), ("step-size", "o")})
+        assert rule.lr_log == (None if rule.role in asked else first.get(rule.role))
+    assert not {"norm-outgrown", "step-size"} & {each.kind for each in table.findings}
 
 
 def test_a_hold_of_the_norm_is_not_slowed_again() -> None:
@@ -132,6 +141,16 @@ def test_a_hold_of_the_norm_is_not_slowed_again() -> None:
     typical = derive(graph, "sgd", regime="throughout")
     assert {lasting.rule(role).lr - typical.rule(role).lr for role in KEYS} == {0}
     assert lasting.rule("q_proj").lr == -HALF
+
+
+def test_where_heads_multiply_no_term_carries_what_they_all_sum() -> None:
+    """A head's q·k has as many terms at every width; all heads' terms compete to be the first, which is another law."""
+    graph = architecture("gated_deltanet", scaling="head-dim-fixed")
+    (keys,) = (each for each in channels(graph) if set(each.roles) == KEYS)
+    assert (str(keys.axes), str(keys.summed)) == ("H*d_k", "d_k")
+    assert keys.carried == 0
+    table = derive(graph, "sgd", "carrying-channel")
+    assert (table.rule("q_proj").lr, table.rule("q_proj").lr_log) == (0, keys.integrated)
 
 
 def test_steps_of_their_own_size_and_rates_fixed_by_hand_are_not_slowed() -> None:
@@ -171,3 +190,23 @@ def test_it_is_the_channels_number_that_is_a_power_of_n() -> None:
         ("many", "many_v", "many_tap", "many_g", "many_gain"), -Rational(3, 5)
     )
     assert [str(each.axes) for each in channels(graph) if each.carried] == ["slow", "n"]
+
+
+def test_a_role_in_two_sums_is_held_for_both() -> None:
+    """Whichever comes first, of powers that cannot be compared too."""
+    h = Symbol("h")
+    for order in (1, -1):
+        g = Builder("both")
+        one, other, n = g.dim("one", h), g.dim("other", ONE - h), g.dim("n", 1)
+        x = g.linear(g.input("x", g.dim("features")), "first", n)
+        taps, gate = (g.reshape(g.linear(x, name, one * other), one, other) for name in ("v", "gate"))
+        value = g.product(g.pointwise("silu", g.product(taps, g.pointwise("silu", gate))), gate)
+        sums = [
+            g.reshape(g.contract(value, g.parameter(name, axis), kept), kept)
+            for name, axis, kept in (("over_one", one, other), ("over_other", other, one))
+        ][::order]
+        y = g.add(*(g.linear(each, f"out_{index}", n) for index, each in enumerate(sums)))
+        g.cross_entropy(g.readout(y, "head", g.dim("classes")))
+        asked = {role: each.power for role, each in carried(g.build()).items()}
+        assert asked["v"] == asked["gate"] == Min(-h / 2, h / 2 - HALF)
+        assert (asked["over_one"], asked["over_other"]) == (-h / 2, h / 2 - HALF)

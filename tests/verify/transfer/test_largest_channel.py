@@ -161,7 +161,8 @@ def test_groups_are_slowed_for_the_channel_that_carries(scaling: str) -> None:
     rules.set_multipliers(model, width=256, base_width=64)
     found = {group["name"]: group["lr"] for group in rules.param_groups(model, lr=1.0, width=256, base_width=64)}
     assert found["o_proj"] == pytest.approx(4 ** (-3 / 5 if scaling == "heads-fixed" else -1 / 2))
-    assert found["q_conv1d"] == pytest.approx(4 ** (1 / 2))
+    keys = 4 ** (1 / 2) if scaling == "heads-fixed" else 4 * (math.log(48) / math.log(192)) ** (5 / 4)
+    assert found["q_conv1d"] == pytest.approx(keys)
     assert found["up_proj"] == pytest.approx((math.log(176) / math.log(704)) ** (3 / 5))
 
 
