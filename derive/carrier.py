@@ -8,8 +8,8 @@ channel is N · N^(-2/p): a power of n, by which the rate has to fall for the la
 many channels share the sum their factors stay Θ(1), and so does curvature.
 
 Which of the two it is the flow of the product tells: models of a few hundred channels are drawn and followed until
-their mean has risen by one. Where one has about half of that, 1-2/p is what curvature does over some decades of N, and
-more than it does within one (docs/theory.md).
+their mean has risen by one. Where one has about half of that, curvature grows by that power over some decades of N,
+unevenly (docs/theory.md).
 """
 
 from __future__ import annotations

@@ -279,8 +279,9 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
                 f"{each.axes}; under steps that follow gradients the largest channel gets away first, the sooner the "
                 "more there are: until it is away the largest stable lr of these roles falls as "
                 f"(ln N)^{show(each.counted)}, which is no power of n",
-                "derive with --assume carrying-channel, which has what comes then too, or sweep the learning rate "
-                "again at several times the width",
+                "derive with --assume first-channel, or carrying-channel, which also slows what one channel carries "
+                "once it is away (what they cost: docs/results/transfer.md), or sweep the learning rate again at "
+                "several times the width",
             )
 
 

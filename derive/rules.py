@@ -41,7 +41,7 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
         if node.attrs.get("carrier"):
             order.setdefault(str(node.attrs["carrier"]))
     crowds = law.follows and walk.assume.channels != "typical"
-    # what holds a role back by a power of n is below what any power of ln N asks of it
+    # what holds a role back by a power of n is below what any power of ln N asks of it, for wide enough models
     held = {role for role, update in updates.items() if update.held or (LR, role) in walk.knobs.fixed}
     crowded = slower(walk.graph, integrate=_integrated(walk.assume), but=held) if crowds else {}
     derived = []

@@ -57,8 +57,20 @@ class Rule:
 
     def slowed(self, channels: float, at_base: float) -> float:
         """What so many channels, and so many at the base width, leave of the learning rate: (ln N / ln N_base)^lr_log,
-        1.0 where that has no say."""
-        return 1.0 if self.lr_log is None else float((log(channels) / log(at_base)) ** float(self.lr_log))
+        1.0 where that has no say.
+
+        Raises:
+            DeriveError: when it has, and there are fewer than two.
+        """
+        if self.lr_log is None:
+            return 1.0
+        if min(channels, at_base) < 2:
+            raise DeriveError(
+                f"lr of {self.role} depends on the number of channels, {self.channels}, which would be "
+                f"{min(channels, at_base):g}",
+                cure="take a wider model as the base",
+            )
+        return float((log(channels) / log(at_base)) ** float(self.lr_log))
 
     def factors(self, width: float, base_width: float, slowed: float | None = None) -> dict[str, float]:
         """What to multiply each base value by at this width: exactly 1.0 at the base width.

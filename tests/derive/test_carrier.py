@@ -1,5 +1,6 @@
 """Which sums one channel carries: a model followed whole, products that are known, and what rules make of it."""
 
+from collections.abc import Iterator, Sequence
 from random import Random
 from statistics import median
 
@@ -7,9 +8,10 @@ import pytest
 from sympy import Expr, Min, Rational, Symbol
 
 from widthwise.derive import Builder, architecture, derive
-from widthwise.derive.carrier import ASKED, power, share
+from widthwise.derive.carrier import ASKED, _Path, power, share
 from widthwise.derive.channels import carried, channels, slower
 from widthwise.derive.exponents import HALF, ONE, ZERO
+from widthwise.derive.flow import Flow, Place
 from widthwise.derive.laws import NORMAL, ONES, TAPS, log_uniform
 from widthwise.derive.product import Applied, Factor, Product, product
 from widthwise.derive.proof import proof_lines
@@ -103,6 +105,23 @@ def test_steep_ones_overflow_nothing(tree: Product) -> None:
     """Nor is a rate ever raised: of an exponential its factors count, and one is no reason to."""
     assert 0 <= share(tree) <= 1
     assert -1 < power(tree) <= 0
+
+
+def test_a_path_never_falls() -> None:
+    """Steps of a steep flow may overshoot."""
+
+    class Steep(Flow):
+        def at(self, x: Sequence[float]) -> tuple[float, list[float]]:
+            return 0.0, [1.0]
+
+        def follow(self, x: Sequence[float]) -> Iterator[Place]:
+            for time, value in enumerate((0.0, 4.0, 1.0, 6.0, 14.0)):
+                yield Place(float(time), x, value, [1.0], 1.0)
+
+    path = _Path.of(Steep(product(A), {"a": 0}, 1), [0.0], 10.0, 100.0)
+    assert path.rises == (0.0, 0.0, 4.0, 4.0, 6.0, 10.0)
+    assert path.times[-1] == pytest.approx(3.5)
+    assert [path.rise(time) for time in (0.5, 1.5, 2.5, 9.0)] == pytest.approx([2.0, 4.0, 5.0, 10.0])
 
 
 def test_those_at_rest_carry_nothing() -> None:

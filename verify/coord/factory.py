@@ -114,6 +114,8 @@ class Factory:
                 cure="return a torch.nn.Module, or (model, optimizer), or (model, optimizer, loss)",
             )
         self._check_shapes(model, width)
+        for rule in self.table.rules:
+            self.slowed(rule, width)  # whether that can be told is said before anything is trained
         named = self._by_role(model)
         if optimizer is None:
             optimizer = optimizer_of(self.table.optimizer, self._groups(model, width))
@@ -196,6 +198,8 @@ class Factory:
         if rows is not None and rows.axis == axis:
             return _grown(rows, width / rows.width)[rows.index]
         shape = next(shape for name, shape in self._shapes[width].items() if parameter.role in self._roles(name))
+        if len(shape) > len(parameter.shape):  # as those of a depthwise convolution, [channels, 1, taps]
+            shape = tuple(size for size in shape if size != 1)
         return shape[axis]
 
     def _groups(self, model: nn.Module, width: int) -> list[dict[str, Any]]:

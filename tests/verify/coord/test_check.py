@@ -90,6 +90,18 @@ def test_a_wrong_power_of_the_logarithm_shows() -> None:
     assert slopes["forgotten"] == pytest.approx(1.5 * counted, abs=0.05)
 
 
+def test_a_small_power_of_the_logarithm_that_is_forgotten_is_a_drift() -> None:
+    """Over four times the width (ln N)^-3/5 is n^-0.1: no other exponent, but it is seen."""
+    graph = architecture("gated_deltanet")
+    right = derive(graph, "sgd", "carrying-channel")
+    rules = tuple(replace(rule, lr_log=None) if rule.role == "up_proj" else rule for rule in right.rules)
+    subject = Described(graph, replace(right, rules=rules), BASE)
+    seen = coordinate_check(subject, predictions(graph, right), WIDTHS, seeds=range(2), steps=1, follows_gradient=True)
+    (step,) = (each for each in seen.results if (each.kind, each.name) == ("step", "up_proj"))
+    assert step.verdict == "drift"
+    assert step.slope.value > 0.1
+
+
 def test_own_and_upstream_make_up_the_change() -> None:
     _, graph, table = derived()
     subject = Described(graph, table, BASE, dtype=torch.float64)

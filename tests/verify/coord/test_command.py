@@ -171,11 +171,25 @@ def test_alignment_says_which_assumptions_hold_and_from_where_others_would() -> 
     assert "own step: 11 coherent" in " ".join(ran.output.split())
 
 
-@pytest.mark.parametrize("assume", ["largest-channel", "carrying-channel"])
-@pytest.mark.parametrize("more", [[], ["--graph"], ["--alignment"]])
-def test_powers_of_a_logarithm_are_taken_out(more: list[str], assume: str, tmp_path: Path) -> None:
-    words = f"coord-check gated_deltanet --optimizer sgd --assume {assume} --regime throughout --seeds 8 --steps 1"
-    ran = CliRunner().invoke(cli, [*words.split(), "--no-plot", "-o", str(tmp_path), *more])
+@pytest.mark.parametrize("more", [[], ["--graph"]])
+@pytest.mark.parametrize(
+    ("scaling", "assume"), [("heads-fixed", "largest-channel"), ("head-dim-fixed", "carrying-channel")]
+)
+def test_powers_of_a_logarithm_are_taken_out(more: list[str], scaling: str, assume: str, tmp_path: Path) -> None:
+    """Of steps over their gradients learning rates are left, whose powers of n have no error."""
+    words = f"coord-check gated_deltanet --optimizer sgd --scaling {scaling} --assume {assume} --regime throughout"
+    options = ["--seeds", "8", "--steps", "1", "--no-plot", "-o", str(tmp_path)]
+    ran = CliRunner().invoke(cli, [*words.split(), *options, *more])
+    assert ran.exit_code == 0, ran.output
+    results = json.loads((tmp_path / "coord_check.json").read_text())["results"]
+    steps = [each for each in results if each["kind"] == "step"]
+    assert {"q_proj", "o_proj", "up_proj"} < {each["name"] for each in steps}
+    assert all(abs(each["slope"]["value"] - each["predicted"]) < 0.02 for each in steps)
+
+
+def test_alignment_of_rules_with_powers_of_a_logarithm() -> None:
+    words = "coord-check gated_deltanet --optimizer sgd --assume largest-channel --alignment --seeds 2 --steps 1"
+    ran = CliRunner().invoke(cli, words.split())
     assert ran.exit_code == 0, ran.output
 
 

@@ -111,12 +111,42 @@ def test_rules_that_need_the_number_of_channels() -> None:
     assert slopes["o_proj"] == pytest.approx(0, abs=0.02)
 
 
-def test_channels_that_no_parameter_has() -> None:
+def test_where_channels_are_counted() -> None:
+    """Along the axis of the description, whichever it is in the model; axes of one that the model has besides aside."""
+    model, _, graph, _ = generated()
+    table = derive(graph, "sgd", "largest-channel")
+    sizes = {"width": BASE, "depth": 1, "vocab": 32, "H": 2, "d_k": 16, "d_v": 32, "ffn": 80}
+    cls = model.GatedDeltaNetLM
+    factory = Factory("own:make", lambda width: cls(**cls.widened(width, **sizes)), graph, table, BASE)
+    factory.make(128, 0)
+    parameters = graph.parameters
+    assert factory._entries(parameters["down_proj"], 0, 128) == 128
+    assert factory._entries(parameters["down_proj"], 1, 128) == 160
+    assert factory._entries(parameters["k_conv1d"], 1, 128) == 4  # taps: [channels, 1, taps] in the model
+    backwards = replace(parameters["down_proj"], input_first=True)
+    assert [factory._entries(backwards, axis, 128) for axis in (0, 1)] == [160, 128]
+    for role, channels, power in (("o_proj", 64, 1.5), ("k_proj", 32, 1.0), ("down_proj", 80, 0.5)):
+        expected = (math.log(channels) / math.log(2 * channels)) ** power
+        assert factory.slowed(table.rule(role), 128) == pytest.approx(expected)
+
+
+def test_channels_that_cannot_be_counted() -> None:
     _, _, graph, _ = generated()
     table = derive(graph, "sgd", "largest-channel")
-    factory = Factory("own:make", make_model, graph, table, BASE)
+    rules = tuple(replace(each, channels="H*taps") if each.role == "o_proj" else each for each in table.rules)
+    factory = Factory("own:make", make_model, graph, replace(table, rules=rules), BASE)
     with pytest.raises(DeriveError, match=r"size of H\*taps, which no parameter has"):
-        factory.slowed(replace(table.rule("o_proj"), channels="H*taps"), 256)
+        factory.make(64, 0)
+    with pytest.raises(DeriveError, match=r"channels, H\*d_v, which would be 1"):
+        table.rule("o_proj").slowed(4, 1)
+
+
+def test_factors_with_the_number_of_channels() -> None:
+    rule = derive(generated()[2], "sgd", "largest-channel").rule("v_conv1d")
+    slowed = rule.slowed(256, 64)
+    assert rule.factors(256, 64, slowed)["lr"] == pytest.approx(4 * (3 / 4) ** 1.5)
+    assert rule.factors(256, 64, slowed)["weight_decay"] == pytest.approx((4 / 3) ** 1.5 / 4)
+    assert rule.factors(64, 64, rule.slowed(64, 64)) == dict.fromkeys(rule.factors(64, 64, 1.0), 1.0)
 
 
 def test_one_learning_rate_for_all_fails() -> None:
