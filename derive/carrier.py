@@ -32,7 +32,8 @@ from widthwise.derive.product import Product, counted, degree, factors, ordered
 ASKED = 256
 """How many channels the models have of which it is asked, about those of a narrow trained one."""
 
-_MODELS, _HALVINGS = 63, 30  # medians over so many differ by 0.03 from draw to draw where they are near a half
+_MODELS = (15, 0.15), (63, 0.07), (255, 0.0)  # so many, more of them where the median is as near to a half
+_HALVINGS = 30
 
 
 def power(tree: Product) -> Expr:
@@ -69,7 +70,12 @@ def _share(tree: Product, channels: int) -> float:
             alone = min(alone, path.times[-1]) if path.rises[-1] == channels else alone
         return _largest(paths, alone, channels)
 
-    return median(model() for _ in range(_MODELS))
+    found: list[float] = []
+    for models, near in _MODELS:
+        found += [model() for _ in range(models - len(found))]
+        if abs(median(found) - 0.5) > near:
+            break
+    return median(found)
 
 
 @dataclass(frozen=True)
