@@ -29,9 +29,9 @@ class Assumptions:
         nonlinear_mean: what to make of a mean that a nonlinearity creates (SiLU): ``crossover`` compares the
             axis with the length at which the mean takes over, ``coherent`` and ``ignored`` do not look.
         channels: whether steps that follow gradients are held for the ``typical`` channel or, where several trained
-            factors multiply in each, for the ``largest`` one of very many, for the ``first`` that gets away at the
-            widths people train, or for the one ``carrying`` the sum after that, where one does (see
-            :mod:`widthwise.derive.channels`).
+            factors multiply in each, for the ``largest`` one of very many, or for the ``first`` that gets away at the
+            widths people train (see :mod:`widthwise.derive.channels`).
+        carrying: whether they are held besides for the one channel that carries a sum after that, where one does.
     """
 
     name: str
@@ -44,7 +44,8 @@ class Assumptions:
     forward_backward: Literal["symmetry", "aligned"] = "symmetry"
     backward_weight: Literal["symmetry", "operator-norm"] = "symmetry"
     nonlinear_mean: Literal["crossover", "coherent", "ignored"] = "crossover"
-    channels: Literal["typical", "largest", "first", "carrying"] = "typical"
+    channels: Literal["typical", "largest", "first"] = "typical"
+    carrying: bool = False
     regime: Regime = "practical"
     regimes: tuple[Regime, ...] = ("practical",)
     preset: bool = False
@@ -66,6 +67,8 @@ class Assumptions:
         )
         if self.channels != "typical":
             statements += (f"products of trained factors: {_WORDS[self.channels]}",)
+        if self.carrying:
+            statements += ("sums that one channel carries once it has got away: curvature along it is held",)
         if self.regime == "throughout":
             statements += ("learning rates: of each role the smallest that holds before and past the crossovers",)
         return statements
@@ -80,8 +83,6 @@ _WORDS = {
     "coherent": "coherent (past every crossover)",
     "largest": "no channel gets away sooner, the largest of all included",
     "first": "the first of all channels gets away no sooner, as their products' flow is integrated",
-    "carrying": "curvature along the one channel that carries a sum once it has got away is held; where many share "
-    "the sum, the first of them gets away no sooner",
     "ignored": "ignored: a nonlinearity is treated as if it were odd",
 }
 
@@ -112,7 +113,8 @@ SETS: dict[str, Assumptions] = {
             "carrying-channel",
             "as first-channel; where one channel carries what training adds to a sum, as the products' flow tells, "
             "learning rates are held for the curvature along it, a power of n",
-            channels="carrying",
+            channels="first",
+            carrying=True,
             regimes=("practical", "asymptotic", "throughout"),
         ),
         Assumptions(
@@ -215,8 +217,8 @@ def assumptions(
 
 def in_regime(chosen: Assumptions, regime: Regime) -> Assumptions:
     """The same set in another regime. Past its crossovers means have taken over, forward · backward has aligned, and
-    channels are so many that their factors' number alone tells when the first gets away. (Which sums one channel
-    carries the number does not tell: of three factors many do at any width that is built.)"""
+    channels are so many that their factors' number alone tells when the first gets away (not which
+    sums one of them carries: of three factors many do at any width that is built)."""
     if regime != "asymptotic" or regime == chosen.regime:
         return replace(chosen, regime=regime)
     return replace(

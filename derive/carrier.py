@@ -24,6 +24,7 @@ from statistics import median
 
 from sympy import Expr, Rational
 
+from widthwise.derive.bisection import bisected
 from widthwise.derive.exponents import ZERO
 from widthwise.derive.flow import Flow
 from widthwise.derive.laws import begins
@@ -33,7 +34,6 @@ ASKED = 256
 """How many channels the models have of which it is asked, about those of a narrow trained one."""
 
 _MODELS = (15, 0.15), (63, 0.07), (255, 0.0)  # so many, more of them where the median is as near to a half
-_HALVINGS = 30
 
 
 def power(tree: Product) -> Expr:
@@ -120,10 +120,7 @@ class _Path:
 def _largest(paths: Sequence[_Path], alone: float, enough: float) -> float:
     """The largest part of their sum when it has risen enough, after no longer than one alone takes; 0 where it never
     has."""
-    low, high = 0.0, alone if alone < inf else max(path.times[-1] for path in paths)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        enough_by_then = sum(path.rise(middle) for path in paths) >= enough
-        low, high = (low, middle) if enough_by_then else (middle, high)
-    rises = [path.rise(high) for path in paths]
+    latest = alone if alone < inf else max(path.times[-1] for path in paths)
+    arrival = bisected(lambda time: sum(path.rise(time) for path in paths) >= enough, 0.0, latest)
+    rises = [path.rise(arrival) for path in paths]
     return max(rises) / sum(rises) if sum(rises) >= 0.99 * enough else 0.0

@@ -46,6 +46,12 @@ class Channels:
         return tuple(dict.fromkeys(factor.role for factor in factors(self.product)))
 
     @property
+    def told(self) -> str:
+        """What multiplies in each, in words."""
+        roles = ", ".join(self.roles)
+        return f"{len(self.roles)} trained factors ({roles}) multiply in each of the N channels of {self.axes}"
+
+    @property
     def counted(self) -> Expr:
         """The exponent of ln N by which the learning rates of these roles have to scale where N is large, told by the
         product's degree alone: -(p-2)/2, 0 for p ≤ 2."""

@@ -14,7 +14,7 @@ leave ±0.01 to ±0.04.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -23,6 +23,7 @@ from statistics import NormalDist
 
 from sympy import Expr, Rational
 
+from widthwise.derive.bisection import bisected
 from widthwise.derive.exponents import ZERO
 from widthwise.derive.flow import Flow
 from widthwise.derive.laws import begins
@@ -87,7 +88,7 @@ class _Times:
         if self.share(self.cut) < wanted:
             return inf
         soonest = min(time for ray in self.rays for _, time in ray)
-        return exp(_bisected(lambda at: self.share(at) >= wanted, soonest - 1.0, self.cut))
+        return exp(bisected(lambda at: self.share(at) >= wanted, soonest - 1.0, self.cut))
 
     def share(self, at: float) -> float:
         """The share of all draws that is away by e^at."""
@@ -133,15 +134,7 @@ def _beyond(radius: float, dimensions: int) -> float:
 
 def _radius(share: float, dimensions: int) -> float:
     """The radius that such a share of draws exceeds."""
-    return _bisected(lambda radius: _beyond(radius, dimensions) <= share, 0.0, 10.0 + sqrt(dimensions))
-
-
-def _bisected(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Where something begins to hold that does not at the low end and does at the high one."""
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    return bisected(lambda radius: _beyond(radius, dimensions) <= share, 0.0, 10.0 + sqrt(dimensions))
 
 
 @lru_cache(maxsize=64)

@@ -275,8 +275,7 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
                 "largest-channel",
                 each.at,
                 ZERO,
-                f"{len(each.roles)} trained factors ({', '.join(each.roles)}) multiply in each of the N channels of "
-                f"{each.axes}; under steps that follow gradients the largest channel gets away first, the sooner the "
+                f"{each.told}; under steps that follow gradients the largest channel gets away first, the sooner the "
                 "more there are: until it is away the largest stable lr of these roles falls as "
                 f"(ln N)^{show(each.counted)}, which is no power of n",
                 "derive with --assume first-channel, or carrying-channel, which also slows what one channel carries "

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from sympy import Expr
 
-from widthwise.derive.assume import Assumptions
 from widthwise.derive.backward import Backward
 from widthwise.derive.channels import Slower, slower
 from widthwise.derive.escape import CHANNELS
@@ -43,7 +42,7 @@ def assemble(walk: Backward, law: Law, updates: Mapping[str, Update]) -> tuple[D
     crowds = law.follows and walk.assume.channels != "typical"
     # what holds a role back by a power of n is below what any power of ln N asks of it, for wide enough models
     held = {role for role, update in updates.items() if update.held or (LR, role) in walk.knobs.fixed}
-    crowded = slower(walk.graph, integrate=_integrated(walk.assume), but=held) if crowds else {}
+    crowded = slower(walk.graph, integrate=walk.assume.channels == "first", but=held) if crowds else {}
     derived = []
     for role in order:
         parameter = walk.graph.parameters.get(role)
@@ -85,16 +84,10 @@ def _of_parameter(walk: Backward, law: Law, parameter: Parameter, update: Update
     )
 
 
-def _integrated(assume: Assumptions) -> bool:
-    """Whether the widths people train are asked about, rather than the limit of many channels."""
-    return assume.channels != "largest" and assume.regime != "asymptotic"
-
-
 def _for_the_first(walk: Backward, derived: Derived, asked: Slower) -> Derived:
     """The rule with a learning rate that the channel stands which is the first to get away."""
     channels = asked.channels
-    roles = ", ".join(channels.roles)
-    which = "first" if _integrated(walk.assume) else "largest"
+    which = walk.assume.channels
     why = (
         f"and of {CHANNELS[1]} channels the first gets away by that sooner than of {CHANNELS[0]} (the product's "
         "flow, integrated with the functions in it)"
@@ -104,8 +97,7 @@ def _for_the_first(walk: Backward, derived: Derived, asked: Slower) -> Derived:
     fact = Fact(
         f"lr of {derived.rule.role}, for the {which} channel",
         ZERO,
-        f"no power of n, but (ln N)^{show(asked.power)} besides: {len(channels.roles)} trained factors ({roles}) "
-        f"multiply in each of the N channels of {channels.axes} behind {channels.at}, {why}",
+        f"no power of n, but (ln N)^{show(asked.power)} besides: {channels.told} behind {channels.at}, {why}",
         derived.facts[-1:],
         frozenset((f"products of trained factors: {which} channel",)),
     )

@@ -71,7 +71,7 @@ def solve_updates(walk: Backward, law: Law, fixed: Mapping[tuple[str, str], Expr
     """The largest learning rate of each parameter at which its own step moves every tensor it feeds by no more
     than that tensor tolerates: the maximal update."""
     updates: dict[str, Update] = {}
-    asked = carried(walk.graph) if law.follows and walk.assume.channels == "carrying" else {}
+    asked = carried(walk.graph) if law.follows and walk.assume.carrying else {}
     for role, parameter in walk.graph.parameters.items():
         if parameter.trainable:
             update = _solve_one(walk, parameter, law, fixed.get((LR, role)))
@@ -118,10 +118,9 @@ def _for_the_carrying(update: Update, asked: Slower, law: Law) -> Update:
     binding = Fact(
         update.binding.subject,
         lr,
-        f"{len(channels.roles)} trained factors ({', '.join(channels.roles)}) multiply in each channel of "
-        f"{channels.axes} behind {channels.at}; one that gets away carries what training adds to their sum "
-        f"({channels.share:.0%} of it in a median model of {ASKED}), and curvature along it is "
-        f"{n_to(-asked.power)} larger",
+        f"{channels.told} behind {channels.at}; of those that are summed, along {channels.summed}, the one that gets "
+        f"away carries what training adds to the sum ({channels.share:.0%} of it in a median model of {ASKED}), and "
+        f"curvature along it is {n_to(-asked.power)} larger",
         (update.binding,),
         frozenset(("products of trained factors: carrying channel",)),
     )

@@ -183,7 +183,10 @@ def test_steps_of_their_own_size_and_rates_fixed_by_hand_are_not_slowed() -> Non
 
 def test_the_proof_says_what_is_assumed() -> None:
     table = derive(architecture("gated_deltanet"), "sgd", "carrying-channel")
-    assert "one that gets away carries what training adds to their sum" in table.rule("o_proj").binding
+    assert (
+        "of those that are summed, along H*d_v, the one that gets away carries what training adds"
+        in table.rule("o_proj").binding
+    )
     assert "products of trained factors: carrying channel" in table.rule("o_proj").assumed
     assert "products of trained factors: first channel" in table.rule("up_proj").assumed
     assert any("curvature along it is n^3/5 larger" in line for line in proof_lines(table, "o_proj"))
