@@ -59,10 +59,13 @@ class Run:
     training: Training
     data: str
     rules: str  # the hash of what the model is scaled by, so that other rules are other runs
+    lr_multipliers: Mapping[str, float] | None = None  # by role, at every width
 
     @property
     def key(self) -> str:
         content = asdict(self)
+        if self.lr_multipliers is None:  # as results from before there were any
+            del content["lr_multipliers"]
         for each in fields(Training):
             # A field that came later and is not given is left out, so that results from before it are known again; and
             # so is how a run is carried out, which changes no number of it.
@@ -81,7 +84,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """A parametrization of one's own: the options of ``widthwise derive`` by which it differs from the derived one."""
+    """A parametrization of one's own: the options of ``widthwise derive`` by which it differs from the derived one.
+
+    ``lr_multipliers`` are no rule but hyperparameters beside the learning rate, to be tuned at the base width as it is:
+    what the learning rate of a role is multiplied by at every width, the base's too.
+    """
 
     assume: str | None = None
     preset: str | None = None
@@ -89,6 +96,7 @@ class Variant:
     parametrization: str | None = None
     fix: tuple[str, ...] = ()
     options: tuple[str, ...] = ()  # of the architecture, beside the sweep's
+    lr_multipliers: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,22 +169,39 @@ class Sweep:
 
     def run(self, name: str, width: int, lr: float, seed: int) -> Run:
         """One of the runs. At the base width parametrizations of one model are the same and go by the first one's name;
-        a model is another where the architecture's options are.
+        a model is another where the architecture's options or its roles' learning rates are.
 
         Raises:
             DeriveError: for a parametrization that there is not.
         """
-        request = self._request(name)
         if width == self.base_width:
-            name = next(each for each in self.parametrizations if self._request(each).options == request.options)
-            request = self._request(name)
+            name = next(each for each in self.parametrizations if self._at_base(each) == self._at_base(name))
+        request = self._request(name)
         base = width if name == STANDARD else self.base_width
         sizes = dict(self.sizes) | {"width": self.base_width}
-        return Run(name, width, lr, seed, request, base, sizes, self.training, self.data, _hash(request))
+        return Run(
+            name,
+            width,
+            lr,
+            seed,
+            request,
+            base,
+            sizes,
+            self.training,
+            self.data,
+            _hash(request),
+            self._variant(name).lr_multipliers or None,
+        )
+
+    def _at_base(self, name: str) -> tuple[object, ...]:
+        """What a parametrization is at the base width, where rules change nothing."""
+        return self._request(name).options, self._variant(name).lr_multipliers or None
+
+    def _variant(self, name: str) -> Variant:
+        return self.variants.get(name, Variant(preset=None if name in (STANDARD, DERIVED) else name))
 
     def _request(self, name: str) -> Request:
-        preset = None if name in (STANDARD, DERIVED) else name
-        variant = self.variants.get(name, Variant(preset=preset))
+        variant = self._variant(name)
         return Request(
             self.architecture,
             optimizer=self.optimizer,
@@ -237,6 +262,9 @@ def _check(sweep: Sweep, path: Path) -> None:
         raise DeriveError(f"{path}: learning rates must be positive", cure="correct them")
     if sweep.grids and all(grid.around is not None for grid in sweep.grids):
         raise DeriveError(f"{path}: no grid begins, as all of them wait for another", cure="give the base width one")
+    for name, variant in sweep.variants.items():
+        if any(not 0 < each < math.inf for each in (variant.lr_multipliers or {}).values()):
+            raise DeriveError(f"{path}: lr_multipliers of {name} must be positive numbers", cure="correct them")
     for grid in sweep.grids:
         stray = [f"width {each}" for each in grid.widths if each not in sweep.widths]
         stray += [f"parametrization {each}" for each in grid.parametrizations if each not in sweep.parametrizations]

@@ -138,15 +138,16 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
-    """All curves of a results file. At the base width all parametrizations of one model (of the same options) are the
-    same, so that each has there what any of them was run at."""
+    """All curves of a results file. At the base width all parametrizations of one model (of the same options and the
+    same multipliers of learning rates) are the same, so that each has there what any of them was run at."""
     points: dict[tuple[str, int], dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     models: dict[str, str] = {}  # by parametrization
     base = 0
     for entry in entries:
         loss = math.inf if entry["diverged"] is not None else entry["loss"]
         points[entry["parametrization"], entry["width"]][entry["seed"]][entry["lr"]] = loss
-        models[entry["parametrization"]] = repr(entry.get("request", {}).get("options", ()))
+        options, rates = entry.get("request", {}).get("options", ()), entry.get("lr_multipliers")
+        models[entry["parametrization"]] = repr((options, sorted((rates or {}).items())))
         base = entry["sizes"]["width"]
     shared: dict[str, dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for name, model in models.items():

@@ -55,10 +55,15 @@ def skeleton(run: Run) -> nn.Module:
     """The model of a run, without numbers in it.
 
     Raises:
-        DeriveError: where there is no model of this architecture, or of these sizes, or nothing to train it by.
+        DeriveError: where there is no model of this architecture, or of these sizes, nothing to train it by, or a
+            learning rate is multiplied of a role that there is not.
     """
     if run.request.optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer that sweeps can train with", run.request.optimizer, list(OPTIMIZERS))
+    roles = [rule.role for rule in generated(run.request, "parametrization").SCALING.rules]
+    for role in run.lr_multipliers or {}:
+        if role not in roles:
+            raise unknown_name("role", role, roles)
     models = generated(run.request, "model")
     (cls,) = (value for name, value in vars(models).items() if name.endswith("LM"))  # the one class of the whole model
     try:
@@ -83,7 +88,23 @@ def build(run: Run, device: torch.device, team: Team = ALONE) -> tuple[nn.Module
     training = run.training
     eps = {"eps": training.eps} if run.request.optimizer != "sgd" else {}
     groups = rules.param_groups(model, lr=run.lr, weight_decay=training.weight_decay, **eps, **widths)
+    for group in groups:
+        group["lr"] *= _lr_multiplier(group["name"], run.lr_multipliers or {})
     return model, groups, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _lr_multiplier(group: str, by_role: Mapping[str, float]) -> float:
+    """What the learning rate of a group is multiplied by; one that holds packed roles has the names of all.
+
+    Raises:
+        DeriveError: where these differ.
+    """
+    found = {by_role.get(role, 1.0) for role in group.split("+")}
+    if len(found) > 1:
+        raise DeriveError(
+            f"lr_multipliers differ within {group}, which is one tensor", cure="give all of its roles the same one"
+        )
+    return found.pop()
 
 
 def optimizer_of(name: str, groups: list[dict[str, Any]], training: Training, device: torch.device) -> Any:

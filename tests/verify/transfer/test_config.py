@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torch")
+import torch
 from torch import nn
 
 from widthwise.derive.errors import DeriveError
-from widthwise.verify.transfer.config import Sweep, Variant, read_sweep
-from widthwise.verify.transfer.train import skeleton
+from widthwise.verify.transfer.config import Run, Sweep, Variant, read_sweep
+from widthwise.verify.transfer.train import _lr_multiplier, build, skeleton
 
+CPU = torch.device("cpu")
 OLD = "docs/results/transfer/checkpoint.jsonl"
 SWEEPS = Path(__file__).parents[3] / "bench" / "transfer"
 FILE = """
@@ -136,6 +138,49 @@ def test_grids_are_parts_of_a_sweep(tmp_path: Path) -> None:
     assert len(runs) - len(at_base) == len(wider) == 2
     assert wider["early"].request.fix == ("a_proj.init_std=-1/2",)
     assert wider["other"].request.options == ("qk_scale=d_k^-1/2",)
+
+
+MULTIPLIED = """
+[variants.slow-mlp]
+lr_multipliers = { gate_proj = 0.5, up_proj = 0.5, down_proj = 0.5 }
+[variants.late]
+regime = "asymptotic"
+lr_multipliers = { down_proj = 0.5, gate_proj = 0.5, up_proj = 0.5 }
+"""
+
+
+def test_learning_rates_multiplied_by_role_are_hyperparameters_of_the_base_too(tmp_path: Path) -> None:
+    text = FILE.replace('"liu-gu-2026", "widthwise"', '"widthwise", "slow-mlp", "late"')
+    (tmp_path / "sweep.toml").write_text(text + MULTIPLIED)
+    sweep = read_sweep(tmp_path / "sweep.toml")
+    runs = list(sweep.runs())
+    # The base is tuned anew, once for all rules of these multipliers, and other runs keep their keys.
+    assert [run.parametrization for run in runs if run.width == 16] == ["slow-mlp", "standard"] * 2
+    plain = replace(sweep, variants={}, parametrizations=("standard", "widthwise"))
+    assert {run.key for run in plain.runs()} == {run.key for run in runs if not run.lr_multipliers}
+    for width in sweep.widths:
+        mine, theirs = ({group["name"]: group["lr"] for group in build(run, CPU)[1]} for run in pair(sweep, width))
+        changed = {name: lr / theirs[name] for name, lr in mine.items() if lr != theirs[name]}
+        assert changed == {"gate_proj": 0.5, "up_proj": 0.5, "down_proj": 0.5}
+
+
+def test_learning_rates_of_roles_that_there_are_not_and_of_parts_of_a_tensor(tmp_path: Path) -> None:
+    text = FILE.replace('"liu-gu-2026"', '"other"') + "[variants.other]\n"
+    (tmp_path / "sweep.toml").write_text(text + "lr_multipliers = { gate = 0.5 }")
+    with pytest.raises(DeriveError, match="no role is called 'gate'"):
+        skeleton(read_sweep(tmp_path / "sweep.toml").run("other", 32, 0.004, 0))
+    (tmp_path / "sweep.toml").write_text(text + "lr_multipliers = { o_proj = 0 }")
+    with pytest.raises(DeriveError, match="lr_multipliers of other must be positive"):
+        read_sweep(tmp_path / "sweep.toml")
+    with pytest.raises(DeriveError, match="differ within a\\+b"):
+        _lr_multiplier("a+b", {"a": 0.5})
+    assert _lr_multiplier("a+b", {"a": 0.5, "b": 0.5}) == 0.5
+
+
+def pair(sweep: Sweep, width: int) -> tuple[Run, Run]:
+    """One run with multipliers of learning rates, and the same without."""
+    run = sweep.run("slow-mlp", width, 0.004, 0)
+    return run, replace(run, lr_multipliers=None)
 
 
 def test_a_preset_that_there_is_not(sweep: Sweep) -> None:

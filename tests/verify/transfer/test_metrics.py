@@ -115,9 +115,10 @@ def test_a_seed_that_is_far_off_at_one_rate_does_not_lift_the_rates_it_lacks() -
     assert curve.at(2**-3.5) == pytest.approx(curves(rows)[0].at(2**-3.5), abs=0.003)
 
 
-def test_another_model_has_a_base_of_its_own() -> None:
+@pytest.mark.parametrize("own", [{"request": {"options": ["qk_scale=d_k^-1/2"]}}, {"lr_multipliers": {"o_proj": 0.5}}])
+def test_another_model_has_a_base_of_its_own(own: dict[str, Any]) -> None:
     other = entries(64, -3, 2, name="other") + entries(256, -3, 2, name="other") + entries(256, -2, 2, name="third")
-    rows = entries(64, -4, 2) + [row | {"request": {"options": ["qk_scale=d_k^-1/2"]}} for row in other]
+    rows = entries(64, -4, 2) + [row | own for row in other]
     found = {(each.parametrization, each.width): each.shift for each in transfers(rows)}
     assert found["other", 256] == pytest.approx(0)
     assert found["third", 256] == pytest.approx(1)
