@@ -1,6 +1,7 @@
 """The emitted init_, param_groups and set_multipliers, on models as users have them."""
 
 import copy
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -84,6 +85,26 @@ class TestGroups:
         assert [each["name"] for each in groups if each["weight_decay"] == 0] == ["input_bias"]
         with pytest.raises(ValueError, match="no_decay names roles that there are not: bias"):
             module.param_groups(ready(module), lr=0.1, no_decay=["bias"], **WIDE)
+
+    def test_take_multipliers_of_learning_rates_by_role(self, generated: Generated) -> None:
+        module = generated("mlp")
+        plain, tuned = (
+            {
+                each["name"]: each
+                for each in module.param_groups(ready(module), lr=0.1, weight_decay=0.1, **more, **WIDE)
+            }
+            for more in ({}, {"lr_multipliers": {"input_bias": 0.25}})
+        )
+        assert all(each["lr"] == 0.1 * each["lr_mult"] for each in tuned.values())
+        told = {name: (each["lr"] / plain[name]["lr"], each["weight_decay"]) for name, each in tuned.items()}
+        assert told == {
+            name: (0.25 if name == "input_bias" else 1.0, each["weight_decay"]) for name, each in plain.items()
+        }
+        with pytest.raises(ValueError, match="lr_multipliers names roles that there are not: bias"):
+            module.param_groups(ready(module), lr=0.1, lr_multipliers={"bias": 2.0}, **WIDE)
+        for wrong in (0, -1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match="lr_multipliers must be positive numbers: input_bias"):
+                module.param_groups(ready(module), lr=0.1, lr_multipliers={"input_bias": wrong}, **WIDE)
 
     def test_leave_frozen_parameters_out(self, generated: Generated) -> None:
         model = ready(generated("mlp"))
@@ -429,6 +450,8 @@ class TestPacked:
         assert rows[:, 16:].std().item() == pytest.approx(16**-0.5 * 4**-1.5, rel=0.05)
         groups = module.param_groups(model, lr=0.1, scaling=scaling, **WIDE)
         assert "hidden+other" in [each["name"] for each in groups]
+        with pytest.raises(ValueError, match=r"the rows of both need different groups \(hidden, other\)"):
+            module.param_groups(model, lr=0.1, scaling=scaling, lr_multipliers={"other": 0.5}, **WIDE)
 
     def test_rows_that_need_other_learning_rates_are_refused(self, generated: Generated) -> None:
         module, model = generated("mlp", gauge="absorbed"), self.Packed()

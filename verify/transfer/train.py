@@ -87,24 +87,15 @@ def build(run: Run, device: torch.device, team: Team = ALONE) -> tuple[nn.Module
     rules.init_(model, seed=run.seed, **widths)
     training = run.training
     eps = {"eps": training.eps} if run.request.optimizer != "sgd" else {}
-    groups = rules.param_groups(model, lr=run.lr, weight_decay=training.weight_decay, **eps, **widths)
-    for group in groups:
-        group["lr"] *= _lr_multiplier(group["name"], run.lr_multipliers or {})
+    groups = rules.param_groups(
+        model,
+        lr=run.lr,
+        weight_decay=training.weight_decay,
+        lr_multipliers=run.lr_multipliers,
+        **eps,
+        **widths,
+    )
     return model, groups, sum(parameter.numel() for parameter in model.parameters())
-
-
-def _lr_multiplier(group: str, by_role: Mapping[str, float]) -> float:
-    """What the learning rate of a group is multiplied by; one that holds packed roles has the names of all.
-
-    Raises:
-        DeriveError: where these differ.
-    """
-    found = {by_role.get(role, 1.0) for role in group.split("+")}
-    if len(found) > 1:
-        raise DeriveError(
-            f"lr_multipliers differ within {group}, which is one tensor", cure="give all of its roles the same one"
-        )
-    return found.pop()
 
 
 def optimizer_of(name: str, groups: list[dict[str, Any]], training: Training, device: torch.device) -> Any:
