@@ -5,7 +5,8 @@
 At each width the first one's loss minus the second one's, in nats, mean ± standard error over the seeds of both (their
 number): at the transferred rate, which is the best at the base width of each (``--lr`` says another for both), and
 tuned anew, at each seed's lowest loss. It is taken over the learning rates that the seed has of both, where these are
-three or more, or (``--own``) over each one's own. First for the loss on held-out text, then for that of the last tenth of the training.
+three or more, or (``--own``) over each one's own. First for the loss on held-out text, then for that of the last
+tenth of the training.
 """
 
 from __future__ import annotations
