@@ -39,6 +39,10 @@ def read(entries: Iterable[Mapping[str, Any]], name: str, kind: str) -> dict[int
     return found
 
 
+def rates(entries: Iterable[Mapping[str, Any]]) -> list[float]:
+    return sorted({each["lr"] for each in entries})
+
+
 def told(differences: Sequence[float]) -> str:
     if not differences:
         return "·"
@@ -62,6 +66,11 @@ def main() -> None:
     parser.add_argument("--own", action="store_true")
     options = parser.parse_args()
     entries = list(Results(options.results).load().values())
+    known = sorted({each["parametrization"] for each in entries})
+    if stray := {options.one, options.other} - set(known):
+        parser.error(f"no parametrization {min(stray)} in {options.results}; there are {', '.join(known)}")
+    if options.lr and options.lr not in rates(entries):
+        parser.error(f"no run at {options.lr}; there are {', '.join(f'{lr:g}' for lr in rates(entries))}")
     base = entries[0]["sizes"]["width"]
     best = {each.parametrization: each.best_lr for each in transfers(entries) if each.width == base}
     for kind, what in (("loss", "held out"), ("train_loss", "in training")):

@@ -195,10 +195,11 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
 
 
 def _shift_error(curve: Curve, base: Curve) -> float:
+    """Over the seeds that have an optimum of their own at both widths: three learning rates at least."""
     if curve is base:
         return 0.0
-    common = curve.by_seed.keys() & base.by_seed.keys()
-    return standard_error([curve.alone(seed).optimum - base.alone(seed).optimum for seed in sorted(common)])
+    common = [seed for seed in curve.by_seed if min(len(each.by_seed.get(seed, ())) for each in (curve, base)) >= 3]
+    return standard_error([curve.alone(seed).optimum - base.alone(seed).optimum for seed in common])
 
 
 def _sensitivity(curve: Curve) -> float:

@@ -146,17 +146,19 @@ lr_multipliers = { gate_proj = 0.5, up_proj = 0.5, down_proj = 0.5 }
 [variants.late]
 regime = "asymptotic"
 lr_multipliers = { down_proj = 0.5, gate_proj = 0.5, up_proj = 0.5 }
+[variants.none]
+lr_multipliers = {}
 """
 
 
 def test_learning_rates_multiplied_by_role_are_hyperparameters_of_the_base_too(tmp_path: Path) -> None:
-    text = FILE.replace('"liu-gu-2026", "widthwise"', '"widthwise", "slow-mlp", "late"')
+    text = FILE.replace('"liu-gu-2026", "widthwise"', '"widthwise", "slow-mlp", "late", "none"')
     (tmp_path / "sweep.toml").write_text(text + MULTIPLIED)
     sweep = read_sweep(tmp_path / "sweep.toml")
     runs = list(sweep.runs())
     # The base is tuned anew, once for all rules of these multipliers, and other runs keep their keys.
     assert [run.parametrization for run in runs if run.width == 16] == ["slow-mlp", "standard"] * 2
-    plain = replace(sweep, variants={}, parametrizations=("standard", "widthwise"))
+    plain = replace(sweep, variants={"none": Variant()}, parametrizations=("standard", "widthwise", "none"))
     assert {run.key for run in plain.runs()} == {run.key for run in runs if not run.lr_multipliers}
     for width in sweep.widths:
         mine, theirs = ({group["name"]: group["lr"] for group in build(run, CPU)[1]} for run in pair(sweep, width))

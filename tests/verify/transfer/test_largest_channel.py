@@ -108,6 +108,9 @@ def test_groups_have_it_and_the_base_width_is_untouched(assume: str) -> None:
                 assert largest[role]["weight_decay"] == pytest.approx(typical[role]["weight_decay"] / slower)
                 if width == 64:
                     assert largest[role]["lr"] == typical[role]["lr"] == 0.5
+        tuned = rules[assume].param_groups(model, lr=0.5, weight_decay=0.1, lr_multipliers={"v_proj": 0.25}, **widths)
+        quicker = {group["name"]: group["lr"] / largest[group["name"]]["lr"] for group in tuned}
+        assert quicker == {name: 0.25 if name == "v_proj" else 1.0 for name in largest}
 
 
 def test_where_one_channel_carries_the_sum_curvature_grows_as_the_rule_says() -> None:

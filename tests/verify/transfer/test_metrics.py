@@ -83,6 +83,12 @@ def test_errors_come_from_differences_seed_by_seed() -> None:
     assert (found[64].regret_error, found[64].shift_error) == (0, 0)
 
 
+def test_a_seed_with_few_learning_rates_has_no_optimum_of_its_own() -> None:
+    rows = entries(64, -4, 2, seeds=3) + entries(256, -5, 2, seeds=3)
+    few = [row for row in rows if row["seed"] != 2 or row["width"] == 64 or row["lr"] in (2**-8, 2**-7.5)]
+    assert {each.width: each for each in transfers(few)}[256].shift_error == pytest.approx(0, abs=1e-9)
+
+
 def test_a_seed_with_few_learning_rates_does_not_bend_the_curve() -> None:
     rows = entries(64, -4, 2, seeds=2)
     for row in rows:
@@ -115,10 +121,16 @@ def test_a_seed_that_is_far_off_at_one_rate_does_not_lift_the_rates_it_lacks() -
     assert curve.at(2**-3.5) == pytest.approx(curves(rows)[0].at(2**-3.5), abs=0.003)
 
 
-@pytest.mark.parametrize("own", [{"request": {"options": ["qk_scale=d_k^-1/2"]}}, {"lr_multipliers": {"o_proj": 0.5}}])
+@pytest.mark.parametrize(
+    "own", [{"request": {"options": ["qk_scale=d_k^-1/2"]}}, {"lr_multipliers": {"o_proj": 0.5, "v_proj": 2.0}}]
+)
 def test_another_model_has_a_base_of_its_own(own: dict[str, Any]) -> None:
-    other = entries(64, -3, 2, name="other") + entries(256, -3, 2, name="other") + entries(256, -2, 2, name="third")
+    other = entries(64, -3, 2, name="other") + entries(256, -3, 2, name="other")
+    turned = {
+        key: dict(reversed(value.items())) for key, value in own.items()
+    }  # the order of what is said says nothing
     rows = entries(64, -4, 2) + [row | own for row in other]
+    rows += [row | turned for row in entries(256, -2, 2, name="third")]
     found = {(each.parametrization, each.width): each.shift for each in transfers(rows)}
     assert found["other", 256] == pytest.approx(0)
     assert found["third", 256] == pytest.approx(1)
