@@ -59,6 +59,7 @@ def test_a_key_is_what_a_run_is(sweep: Sweep) -> None:
     assert [run.key for run in runs] == [run.key for run in sweep.runs()]
     assert replace(runs[0], seed=1).key != runs[0].key
     assert replace(runs[0], rules="sha256:other").key != runs[0].key
+    assert replace(runs[0], lr_multipliers={"o_proj": 0.5}).key != runs[0].key
     assert replace(runs[0], training=replace(runs[0].training, clip=0.5)).key != runs[0].key
     assert replace(runs[0], training=replace(runs[0].training, norm_eps=1e-3)).key != runs[0].key
 
