@@ -41,6 +41,20 @@ def _caller() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
+def _axis(axis: Dim | Group) -> Group:
+    if not isinstance(axis, Dim | Group):
+        raise DeriveError(
+            f"{axis!r} is no axis", where=_caller(), cure='make one, g.dim("d_model", 1), or H * K of two'
+        )
+    return as_group(axis)
+
+
+def _tensor(given: Tensor) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise DeriveError(f"{given!r} is no tensor", where=_caller(), cure="use tensors that this builder returned")
+    return given
+
+
 class Builder:
     """Collects nodes and parameters; :meth:`build` returns the finished :class:`Graph`."""
 
@@ -69,12 +83,12 @@ class Builder:
 
     def input(self, name: str, *axes: Dim | Group) -> Tensor:
         """Data of Θ(1) entries."""
-        shape = tuple(map(as_group, axes))
+        shape = tuple(map(_axis, axes))
         return self._apply("input", (), name=name, shape=shape)
 
     def parameter(self, name: str, *axes: Dim | Group, law: Law = ZEROS, trainable: bool = True) -> Tensor:
         """A trainable tensor used entrywise: a gain, a bias, a decay rate."""
-        return self._parameter(name, tuple(map(as_group, axes)), law, trainable, suffix="")
+        return self._parameter(name, tuple(map(_axis, axes)), law, trainable, suffix="")
 
     def repeat(self, prefix: str, count: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``count`` layers of one kind, described and solved once.
@@ -85,9 +99,9 @@ class Builder:
         if count < 1:
             raise DeriveError(f"a block repeated {count} times", where=_caller(), cure="repeat it at least once")
         outer, self._prefix = self._prefix, f"{self._prefix}{prefix}.*."
-        y = layer(x)
+        y = layer(_tensor(x))
         self._prefix = outer
-        if y.shape != x.shape:
+        if _tensor(y).shape != x.shape:
             raise DeriveError(
                 f"a layer turns {shape_text(x.shape)} into {shape_text(y.shape)} and cannot repeat",
                 where=_caller(),
@@ -102,7 +116,7 @@ class Builder:
         self, name: str, vocabulary: Dim, out: Dim | Group, *, trainable: bool = True, output: str | None = None
     ) -> Tensor:
         """A row of the table [vocabulary, out] per token."""
-        table = self._parameter(name, (as_group(vocabulary), as_group(out)), UNIT_NORMAL, trainable)
+        table = self._parameter(name, (_axis(vocabulary), _axis(out)), UNIT_NORMAL, trainable)
         return self._apply("embedding", (table,), name=output)
 
     def linear(
@@ -120,11 +134,11 @@ class Builder:
         if tied_to:
             weight = self.tied_table(tied_to)
         else:
-            weight = self._parameter(name, (as_group(out), self._last(x)), trainable=trainable)
+            weight = self._parameter(name, (_axis(out), self._last(x)), trainable=trainable)
         y = self._apply("linear", (x, weight), name=None if bias else output)
-        if y.shape[-1] != as_group(out):
+        if y.shape[-1] != _axis(out):
             raise DeriveError(
-                f"{tied_to!r} makes {shape_text(y.shape)}, not {as_group(out)}", where=_caller(), cure="tie to another"
+                f"{tied_to!r} makes {shape_text(y.shape)}, not {_axis(out)}", where=_caller(), cure="tie to another"
             )
         if bias:
             shift = self._parameter(
@@ -134,7 +148,7 @@ class Builder:
         return y
 
     def _last(self, x: Tensor) -> Group:
-        if not x.shape:
+        if not _tensor(x).shape:
             raise DeriveError(
                 f"{x.name!r} is one number per token and has no last axis", where=_caller(), cure="give it an axis"
             )
@@ -158,13 +172,13 @@ class Builder:
         role = name.rsplit(".", 1)[-1]
         if tied_to:
             return self._apply("linear", (x, self.tied_table(tied_to)), name=output, carrier=role, base="fan_in")
-        weight = self._parameter(name, (as_group(vocabulary), self._last(x)))
+        weight = self._parameter(name, (_axis(vocabulary), self._last(x)))
         return self._apply("linear", (x, weight), name=output, carrier=role)
 
     def conv1d(self, x: Tensor, name: str, taps: Dim, *, output: str | None = None) -> Tensor:
         """Depthwise causal convolution of a few taps; base taps U(±1/√taps), PyTorch's default, whose sum over
         taps has rms 1/√3."""
-        weight = self._parameter(name, (*x.shape, as_group(taps)), TAPS)
+        weight = self._parameter(name, (*_tensor(x).shape, _axis(taps)), TAPS)
         return self._apply("conv1d", (x, weight), name=output, gain=3.0**-0.5)
 
     def add(self, *tensors: Tensor, output: str | None = None) -> Tensor:
@@ -195,16 +209,16 @@ class Builder:
 
     def reshape(self, x: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
         """The same axes, regrouped: ``g.reshape(q, H, K)``."""
-        return self._apply("reshape", (x,), name=output, shape=tuple(map(as_group, axes)))
+        return self._apply("reshape", (x,), name=output, shape=tuple(map(_axis, axes)))
 
     def product(self, a: Tensor, b: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
         """A product summed over every axis that ``axes`` (by default those of ``a``) leaves out."""
-        shape = tuple(map(as_group, axes)) if axes else a.shape
+        shape = tuple(map(_axis, axes)) if axes else _tensor(a).shape
         return self._apply("einsum", (a, b), name=output, shape=shape)
 
     def contract(self, a: Tensor, b: Tensor, *axes: Dim | Group, output: str | None = None) -> Tensor:
         """A product of which exactly ``axes`` remain; none of them means a scalar."""
-        return self._apply("einsum", (a, b), name=output, shape=tuple(map(as_group, axes)))
+        return self._apply("einsum", (a, b), name=output, shape=tuple(map(_axis, axes)))
 
     def pointwise(self, function: str, x: Tensor, *, output: str | None = None) -> Tensor:
         """silu, gelu, relu, sigmoid, softplus, exp, tanh."""
@@ -249,7 +263,7 @@ class Builder:
         """Softmax attention of q […, K] with k, v: softmax(n^power · multiplier · q·k) v, the time axis implicit. The
         multiplier is K^(-1/2) at the base width."""
         self._last(v)
-        heads = q.shape[:-1]
+        heads = _tensor(q).shape[:-1]
         base = q.shape[-1] if multiplier else None
         logits = self.scale(self.contract(q, k, *heads), power, multiplier=multiplier, base=base, output=scores)
         probabilities = self._apply("softmax", (logits,), name=None)
@@ -281,7 +295,7 @@ class Builder:
             "scan",
             (q, k, v, *gates),
             name=output,
-            power=exponent(power) - (extent(atoms(k.shape[-1:])) * HALF if key_scale else 0),
+            power=exponent(power) - (extent(atoms(_tensor(k).shape[-1:])) * HALF if key_scale else 0),
             key_scale=key_scale,
             decay=decay is not None,
             strength=strength is not None,
@@ -336,6 +350,10 @@ class Builder:
                 where=_caller(),
                 cure="give each parameter and tensor its own name; reuse a weight with tied_to=, a gain by passing it",
             )
+        if not isinstance(law, Law):
+            raise DeriveError(
+                f"{law!r} is no law", where=_caller(), cure="take one of derive.laws: NORMAL, ONES, ZEROS"
+            )
         if not role.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
             raise DeriveError(f"{name!r} is not a dotted name", where=_caller(), cure="use letters, digits and _")
         full = f"{self._prefix}{pattern or name + suffix}"
@@ -351,6 +369,7 @@ class Builder:
 
     def _apply(self, op: str, inputs: tuple[Tensor, ...], *, name: str | None, **attrs: Any) -> Tensor:
         where = _caller()
+        inputs = tuple(map(_tensor, inputs))
         output = name or self._describe(op, inputs)
         if output in self._shapes:
             raise DeriveError(f"the name {output!r} is taken", where=where, cure="give each tensor its own name")

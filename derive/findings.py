@@ -286,7 +286,10 @@ def early_channels(walk: Backward, law: Law) -> Iterator[Finding]:
 
 def other_branch(here: RuleTable, past: RuleTable) -> Iterator[Finding]:
     """Rules that change past the crossovers: both branches are derived, the one below them is printed."""
-    knobs = ("init_std", "multiplier") if here.regime == "throughout" else ("init_std", "multiplier", "lr")
+    rates = here.regime != "throughout"  # those hold on both sides already
+    knobs = ("init_std", "multiplier", "lr") if rates else ("init_std", "multiplier")
+    cure = "derive with --regime asymptotic for widths past the crossovers (docs/theory.md has estimates)"
+    cure += ", or throughout for rates that hold on both sides" * rates
     for rule, other in zip(here.rules, past.rules, strict=True):
         for knob in knobs:
             mine, theirs = getattr(rule, knob), getattr(other, knob)
@@ -296,8 +299,7 @@ def other_branch(here: RuleTable, past: RuleTable) -> Iterator[Finding]:
                     rule.role,
                     theirs - mine,
                     f"{knob} {n_to(mine)} below the crossovers, {n_to(theirs)} past them",
-                    "derive with --regime asymptotic for widths past the crossovers (docs/theory.md has estimates), or "
-                    "throughout for rates that hold on both sides",
+                    cure,
                 )
 
 

@@ -74,7 +74,7 @@ def terminal(table: RuleTable, *, assumptions: bool = False) -> list[RenderableT
         grid.add_row(Text(rule.role), Text(shape(rule)), *(knob_cell(rule, knob) for _, knob in shown))
     parts: list[RenderableType] = [grid]
     if table.findings:
-        parts.append(Text(f"\n{len(table.findings)} findings", style="bold"))
+        parts.append(Text(f"\n{len(table.findings)} finding{'s' * (len(table.findings) > 1)}", style="bold"))
         for cure, group in groupby(table.findings, key=lambda finding: finding.cure):
             parts += [
                 Text.assemble((each.kind, "yellow"), " ", (each.where, "bold"), f": {each.message}") for each in group

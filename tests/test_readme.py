@@ -23,7 +23,7 @@ def test_console_output_is_current(command: str, shown: str) -> None:
 
 def test_the_variant_derives(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = PYTHON
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.startswith("-1 [")
 
 

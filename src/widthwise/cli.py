@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -212,18 +212,22 @@ def sweep(files: tuple[Path, ...], output: Path | None, executor: str, jobs: int
     with _torch():
         from widthwise.verify.transfer.config import read_sweep
         from widthwise.verify.transfer.results import Results
-        from widthwise.verify.transfer.sweep import carry_out
+        from widthwise.verify.transfer.settings import own
+        from widthwise.verify.transfer.sweep import STOPPED, carry_out
     folder = output is not None and (output.is_dir() or len(files) > 1)
     paths = [file.with_suffix(".jsonl") for file in files]
     if output is not None:
         paths = [output / path.name if folder else output for path in paths]
-    failures = carry_out([(read_sweep(file), path) for file, path in zip(files, paths, strict=True)], executor, jobs)
-    for path in paths:
-        if entries := list(Results(path).load().values()):
+    sweeps = [(read_sweep(file), path) for file, path in zip(files, paths, strict=True)]
+    failures = carry_out(sweeps, executor, jobs)
+    for each, path in sweeps:
+        if entries := list(own(each, Results(path).load().values())):
             _transfer(entries, path.with_suffix(".png") if plot else None)
+    if failed := len(failures) - failures.count(STOPPED):
+        click.secho(f"{failed} run{'s' * (failed > 1)} failed; the same command tries again", fg="red", err=True)
+    if STOPPED in failures:
+        click.secho(STOPPED, fg="red", err=True)
     if failures:
-        count = f"{len(failures)} run{'s' * (len(failures) > 1)}"
-        click.secho(f"{count} failed or were left; the same command tries again", fg="red", err=True)
         sys.exit(1)
 
 
@@ -255,22 +259,27 @@ def plot(results: Path, output: Path | None, markdown: bool) -> None:
     with _torch():
         from widthwise.verify.transfer import report
         from widthwise.verify.transfer.results import Results
+        from widthwise.verify.transfer.settings import check_comparable
     if not (entries := list(Results(results).load().values())):
         raise DeriveError(f"{results} holds no finished run", cure="widthwise sweep makes some")
+    check_comparable(entries, results)
     if markdown:
         click.echo(report.markdown(entries), nl=False)
     else:
         _transfer(entries, output or results.with_suffix(".png"), needed=True)
 
 
-def _transfer(entries: list[dict[str, Any]], picture: Path | None, needed: bool = False) -> None:
+def _transfer(entries: Sequence[Mapping[str, Any]], picture: Path | None, needed: bool = False) -> None:
     """Table and picture; a picture that is not needed is left out, with a word why, where it cannot be made."""
     from rich.console import Console
 
     from widthwise.derive.errors import DeriveError
     from widthwise.verify.transfer import report
 
-    Console(highlight=False).print(report.table(entries))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # whoever reads it from a file has room for it
+        console.width = max(console.width, 140)
+    console.print(report.table(entries))
     if picture is None:
         return
     try:

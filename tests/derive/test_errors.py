@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from sympy import Float
@@ -198,3 +199,23 @@ def test_long_sums_do_not_take_exponential_time(optimizer: str, op: str) -> None
     assert derive(g.build(), optimizer).rule("w").lr == (0 if optimizer == "adam" else 1)
     many = " + ".join(f"s{index}" for index in range(30))
     derive(architecture("mlp"), fix={"hidden.init_std": many})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda g, x, n: g.linear(x, "w", 128), "128 is no axis"),
+        (lambda g, x, n: g.linear(x, "w", "d_model"), "'d_model' is no axis"),
+        (lambda g, x, n: g.linear(None, "w", n), "None is no tensor"),
+        (lambda g, x, n: g.product(None, x), "None is no tensor"),
+        (lambda g, x, n: g.pointwise("silu", 3), "3 is no tensor"),
+        (lambda g, x, n: g.repeat("layers", 2, lambda _: None, x), "None is no tensor"),
+        (lambda g, x, n: g.parameter("gain", n, law="ones"), "'ones' is no law"),
+    ],
+)
+def test_what_is_no_axis_tensor_or_law_is_blamed_on_the_line_that_gives_it(wrong: Any, says: str) -> None:
+    g = Builder("mine")
+    n = g.dim("d_model", 1)
+    x = g.embedding("embed", g.dim("vocab"), n)
+    with pytest.raises(DeriveError, match=rf"{says} \[test_errors.py:\d+\]"):
+        wrong(g, x, n)

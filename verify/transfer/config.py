@@ -15,6 +15,9 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from widthwise.codegen.request import Request
+from widthwise.derive.architectures import ARCHITECTURES
+from widthwise.derive.architectures import options as options_of
+from widthwise.derive.assume import PRESETS
 from widthwise.derive.errors import DeriveError, unknown_name
 
 STANDARD, DERIVED = "standard", "widthwise"
@@ -126,7 +129,7 @@ class Sweep:
     learning_rates: tuple[float, ...]
     sizes: Mapping[str, int]
     training: Training
-    scaling: str = "heads-fixed"
+    scaling: str | None = None  # heads-fixed, where it is one of ours that has scalings
     parametrizations: tuple[str, ...] = (STANDARD, DERIVED)
     seeds: tuple[int, ...] = (0,)
     data: str = "stdlib"
@@ -205,7 +208,7 @@ class Sweep:
         return Request(
             self.architecture,
             optimizer=self.optimizer,
-            scaling=self.scaling,
+            scaling=self.scaling or _usual_scaling(self.architecture),
             assume=variant.assume,
             preset=variant.preset,
             regime=variant.regime,
@@ -214,6 +217,11 @@ class Sweep:
             tied=self.tied,
             options=(*self.options, *variant.options),
         )
+
+
+def _usual_scaling(architecture: str) -> str | None:
+    ours = architecture in ARCHITECTURES and "scaling" in options_of(architecture)
+    return "heads-fixed" if ours else None  # one's own graph has the options that it has
 
 
 @cache
@@ -246,6 +254,20 @@ def _check(sweep: Sweep, path: Path) -> None:
         raise DeriveError(
             f"{path}: steps, batch and length must be positive, and batch a multiple of accumulate", cure="correct them"
         )
+    for name, value, low, high in (
+        ("warmup", training.warmup, 0, training.steps),
+        ("final", training.final, 0, 1),
+        ("clip", training.clip, 0, math.inf),
+        ("weight_decay", training.weight_decay, 0, math.inf),
+        ("beta1", training.beta1, 0, 1),
+        ("beta2", training.beta2, 0, 1),
+        ("momentum", training.momentum, 0, 1),
+        ("eps", training.eps, 0, math.inf),
+        ("validation", training.validation, 1, math.inf),
+    ):
+        if not (low <= value <= high and math.isfinite(value)):
+            within = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise DeriveError(f"{path}: {name} is {value:g}, and must be {within}", cure="correct it")
     if training.norm_eps is not None and not 0 <= training.norm_eps < math.inf:
         raise DeriveError(
             f"{path}: norm_eps must be a number, not negative nor infinite", cure="leave it out for the model's own"
@@ -265,6 +287,15 @@ def _check(sweep: Sweep, path: Path) -> None:
     for name, variant in sweep.variants.items():
         if any(not 0 < each < math.inf for each in (variant.lr_multipliers or {}).values()):
             raise DeriveError(f"{path}: lr_multipliers of {name} must be positive numbers", cure="correct them")
+    known = [DERIVED, STANDARD, *sweep.variants, *PRESETS]
+    for name in sweep.parametrizations:
+        if name not in known:
+            raise unknown_name(f"parametrization of {path}", name, known)
+    for name in sweep.variants:
+        if name not in sweep.parametrizations:
+            raise DeriveError(
+                f"{path}: variant {name} is none of its parametrizations", cure="add it there, or take it out"
+            )
     for grid in sweep.grids:
         stray = [f"width {each}" for each in grid.widths if each not in sweep.widths]
         stray += [f"parametrization {each}" for each in grid.parametrizations if each not in sweep.parametrizations]
@@ -299,4 +330,14 @@ def _value(value: Any, hint: Any, what: str) -> Any:
         return float(value)
     if origin is None and type(value) is hint:
         return value
-    raise DeriveError(f"{what} cannot be {value!r}", cure=f"it is of kind {getattr(hint, '__name__', hint)}")
+    kind = origin or hint
+    raise DeriveError(f"{what} cannot be {value!r}", cure=f"it is {_KINDS.get(kind, 'a table')}")
+
+
+_KINDS: Mapping[object, str] = {
+    tuple: "a list with something in it",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}

@@ -161,18 +161,20 @@ def curves(entries: Iterable[Mapping[str, Any]]) -> list[Curve]:
 
 
 def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
-    """For each parametrization and width, what transferring from its smallest width means."""
+    """For each parametrization and width, what transferring from the base width means; NaN where no run is of it."""
+    entries = list(entries)
+    base_width = entries[0]["sizes"]["width"] if entries else 0
     found = []
     grouped: dict[str, list[Curve]] = defaultdict(list)
     for curve in curves(entries):
         if any(map(math.isfinite, curve.losses)):
             grouped[curve.parametrization].append(curve)
     for name, family in grouped.items():
-        base = min(family, key=lambda curve: curve.width)
-        tuned = base.lrs[base.best]
+        base = next((curve for curve in family if curve.width == base_width), None)
+        tuned, optimum = (base.lrs[base.best], base.optimum) if base else (math.nan, math.nan)
         for curve in family:
             best = curve.best
-            nearest = min(max(tuned, curve.lrs[0]), curve.lrs[-1])
+            nearest = min(max(tuned, curve.lrs[0]), curve.lrs[-1]) if base else math.nan
             regret, error = curve.rise(nearest) if nearest in curve.lrs else (math.nan, math.nan)
             found.append(
                 Transfer(
@@ -180,12 +182,12 @@ def transfers(entries: Iterable[Mapping[str, Any]]) -> list[Transfer]:
                     curve.width,
                     curve.lrs[best],
                     curve.losses[best],
-                    curve.optimum - base.optimum,
-                    _shift_error(curve, base),
+                    curve.optimum - optimum,
+                    _shift_error(curve, base) if base else math.nan,
                     regret,
                     error,
-                    (curve.flat[0] - base.optimum, curve.flat[1] - base.optimum),
-                    nearest != tuned,
+                    (curve.flat[0] - optimum, curve.flat[1] - optimum),
+                    base is not None and nearest != tuned,
                     _sensitivity(curve),
                     curve.at_edge,
                     sum(map(math.isinf, curve.losses)),

@@ -41,7 +41,7 @@ def _row(each: Transfer) -> tuple[str, ...]:
         str(each.width),
         f"{each.best_lr:.4g}{edge}",
         f"{each.best_loss:.4f}",
-        f"{each.shift:+.2f}{_error(each.shift_error, 2)}",
+        "·" if math.isnan(each.shift) else f"{each.shift:+.2f}{_error(each.shift_error, 2)}",
         " to ".join(f"{end:+.2f}" if math.isfinite(end) else "·" for end in each.flat),
         _regret(each),
         "·" if math.isnan(each.sensitivity) else f"{each.sensitivity:.4f}",
@@ -65,7 +65,7 @@ def table(entries: Iterable[Mapping[str, Any]]) -> Table:
     made = Table()
     for index, heading in enumerate(HEADINGS):
         first = index == 0
-        made.add_column(heading, justify="left" if first else "right", no_wrap=first)
+        made.add_column(heading, justify="left" if first else "right", no_wrap=first, overflow="fold")
     for row in rows(entries):
         made.add_row(*row)
     return made
@@ -120,3 +120,5 @@ def plot(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
         raise DeriveError(
             f"cannot write {path}: {error.strerror}", cure="give a file in a folder that exists"
         ) from None
+    except ValueError as error:  # of a kind of picture that there is not
+        raise DeriveError(f"cannot write {path}: {error}", cure="give a file name that ends in .png") from None

@@ -16,6 +16,8 @@ from widthwise.verify.transfer.execute import FAILED, Executor, Outcome, executo
 from widthwise.verify.transfer.extend import further, tuned_rates
 from widthwise.verify.transfer.results import Results
 
+STOPPED = "stopped; the same command goes on from here"
+
 
 class Books:
     """A sweep beside its results: what was planned, what is finished."""
@@ -105,7 +107,7 @@ def carry_out(
                     for each in books:
                         each.plan()
             except KeyboardInterrupt:
-                return [*failures.values(), "stopped; the same command goes on from here"]
+                return [*failures.values(), STOPPED]
     return list(failures.values())
 
 

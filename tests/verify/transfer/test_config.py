@@ -90,6 +90,14 @@ def test_what_a_derivation_says_besides_is_no_other_run(sweep: Sweep) -> None:
         ("length = 16", "length = 16\nnorm_eps = -1e-3", "norm_eps must be a number"),
         ("length = 16", "length = 16\nnorm_eps = nan", "norm_eps must be a number"),
         ("length = 16", "length = 16\nnorm_eps = inf", "norm_eps must be a number"),
+        ("length = 16", "length = 16\nclip = -1", "clip is -1, and must be at least 0"),
+        ("length = 16", "length = 16\nmomentum = 1.5", "momentum is 1.5, and must be between 0 and 1"),
+        ("length = 16", "length = 16\nweight_decay = nan", "weight_decay is nan"),
+        ("length = 16", "length = 16\nwarmup = 5", "warmup is 5, and must be between 0 and 4"),
+        ("length = 16", "length = 16\nvalidation = 0", "validation is 0, and must be at least 1"),
+        ("[0.004, 0.016]", "[]", "it is a list with something in it"),
+        ('"widthwise"]', '"wide"]', "no parametrization of .* is called 'wide' → known: .*standard.*, widthwise"),
+        ("[training]", "[variants.ours]\nregime = 'asymptotic'\n[training]", "variant ours is none of its param"),
         ("widths = [16, 32]", "widths = [32]", "lack the base width 16"),
         ("widths = [16, 32]", "widths = [16, 16]", "not different"),
         ("widths = [16, 32]", "widths = []", r"widths cannot be \[\]"),
@@ -211,3 +219,10 @@ def test_every_norm_of_the_model_has_the_eps_that_is_asked_for(sweep: Sweep) -> 
 
     assert epsilons(3e-3) == {3e-3}
     assert epsilons(None) == {1e-5}
+
+
+def test_a_graph_of_ones_own_is_asked_for_no_scaling_that_it_may_not_have(sweep: Sweep) -> None:
+    def scaling(architecture: str) -> str | None:
+        return replace(sweep, architecture=architecture)._request("widthwise").scaling
+
+    assert (scaling("gated_deltanet"), scaling("mlp"), scaling("mine:graph")) == ("heads-fixed", None, None)

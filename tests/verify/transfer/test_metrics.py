@@ -136,6 +136,17 @@ def test_another_model_has_a_base_of_its_own(own: dict[str, Any]) -> None:
     assert found["third", 256] == pytest.approx(1)
 
 
+def test_narrower_models_than_the_base_and_a_base_without_runs() -> None:
+    wider = entries(256, -5, 1.8)
+    found = {each.width: each for each in transfers(entries(32, -2, 2.2) + entries(64, -4, 2) + wider)}
+    assert {width: each.shift for width, each in found.items()} == {32: pytest.approx(2), 64: 0, 256: pytest.approx(-1)}
+    assert found[256].regret == pytest.approx(0.1)
+    (alone,) = transfers(wider)
+    assert math.isnan(alone.shift)
+    assert math.isnan(alone.regret)
+    assert report.rows(wider)[0][4:7] == ("·", "· to ·", "·")
+
+
 def test_regret_past_the_end_of_a_grid_is_a_bound() -> None:
     rows = entries(64, -1.0, 2.0) + [row for row in entries(256, -5.0, 1.8) if row["lr"] < 2**-2.9]
     found = {each.width: each for each in transfers(rows)}

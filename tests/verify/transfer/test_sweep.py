@@ -236,6 +236,38 @@ def test_two_sweeps_of_one_command_do_not_share_a_file(folder: Path) -> None:
     assert "another sweep" not in said
 
 
+def test_an_edited_sweep_tells_its_own_runs_and_a_plot_mixes_none(folder: Path) -> None:
+    text = (folder / "sweep.toml").read_text()
+    first = run("sweep", folder / "sweep.toml", "--no-plot").output.partition("\n")[2]
+    (folder / "sweep.toml").write_text(text.replace("steps = 4", "steps = 6"))
+    edited = run("sweep", folder / "sweep.toml", "--no-plot").output
+    assert "6 runs, 0 of them finished before" in edited
+    mixed = run("plot", folder / "sweep.jsonl")
+    assert mixed.exit_code == 2
+    assert "that differ in training.steps: one table would mix them" in mixed.output
+    (folder / "sweep.toml").write_text(text)
+    again = run("sweep", folder / "sweep.toml", "--no-plot").output
+    assert again[again.index("┏") :] == first[first.index("┏") :] != edited[edited.index("┏") :]
+
+
+def test_a_picture_of_a_kind_that_there_is_not(folder: Path) -> None:
+    assert run("sweep", folder / "sweep.toml", "--no-plot").exit_code == 0
+    result = run("plot", folder / "sweep.jsonl", "--output", folder / "sweep.xyz")
+    assert result.exit_code == 2
+    assert "give a file name that ends in .png" in result.output
+
+
+def test_what_was_stopped_is_not_called_failed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(asked: Run) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", stopped)
+    result = run("sweep", folder / "sweep.toml")
+    assert result.exit_code == 1
+    assert "stopped; the same command goes on from here" in result.output
+    assert "failed" not in result.output
+
+
 def test_results_that_are_none_are_refused(folder: Path) -> None:
     (folder / "sweep.jsonl").write_text('{"key": "a"}\nnot a result\n')
     result = run("sweep", folder / "sweep.toml")
@@ -249,7 +281,7 @@ def test_a_corpus_that_cannot_be_read_fails_its_runs_and_says_so(folder: Path) -
     assert result.exit_code == 1
     assert result.output.count("does not exist") == 1
     assert result.output.count(": the same\n") == 5
-    assert "6 runs failed or were left" in result.output
+    assert "6 runs failed; the same command tries again" in result.output
     assert not (folder / "results.jsonl").exists()
 
 
