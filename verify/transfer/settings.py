@@ -10,6 +10,8 @@ from typing import Any
 from widthwise.derive.errors import DeriveError
 from widthwise.verify.transfer.config import Sweep
 
+COMMON = "data", "sizes", "training"
+
 
 def own(sweep: Sweep, entries: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The results that the sweep as it is now would have, at any width, learning rate and seed."""
@@ -23,27 +25,28 @@ def own(sweep: Sweep, entries: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[
 
 
 def check_comparable(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Whether all runs of each parametrization were made alike, so that one curve can be drawn through them.
+    """Whether all runs were trained alike, and those of each parametrization by the same rules, so that one curve can
+    be drawn through them and the base is every one's.
 
     Raises:
         DeriveError: naming what they differ in.
     """
     first: dict[str, dict[str, str]] = {}
     for entry in entries:
-        here = dict(_said(entry))
-        there = first.setdefault(entry["parametrization"], here)
-        differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-        if differing:
-            raise DeriveError(
-                f"{path} has runs of {entry['parametrization']} that differ in {', '.join(differing)}: one table would "
-                "mix them",
-                cure="widthwise sweep FILE.toml tells those of one sweep file",
-            )
+        for whose, keys in (("", COMMON), (f" of {entry['parametrization']}", ("rules", "lr_multipliers", "request"))):
+            here = dict(_said(entry, keys))
+            there = first.setdefault(whose, here)
+            differing = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+            if differing:
+                raise DeriveError(
+                    f"{path} has runs{whose} that differ in {', '.join(differing)}: one table would mix them",
+                    cure="widthwise sweep FILE.toml tells those of one sweep file",
+                )
 
 
-def _said(entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _said(entry: Mapping[str, Any], keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     """How a run was made, but for its place in the grid. What is None goes unsaid, as in results from before it."""
-    for key in ("data", "rules", "lr_multipliers", "sizes", "training", "request"):
+    for key in keys:
         value = entry.get(key)
         parts = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
         for name, each in parts.items():

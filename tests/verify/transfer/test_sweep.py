@@ -244,7 +244,7 @@ def test_an_edited_sweep_tells_its_own_runs_and_a_plot_mixes_none(folder: Path) 
     assert "6 runs, 0 of them finished before" in edited
     mixed = run("plot", folder / "sweep.jsonl")
     assert mixed.exit_code == 2
-    assert "that differ in training.steps: one table would mix them" in mixed.output
+    assert "has runs that differ in training.steps: one table would mix them" in mixed.output
     (folder / "sweep.toml").write_text(text)
     again = run("sweep", folder / "sweep.toml", "--no-plot").output
     assert again[again.index("┏") :] == first[first.index("┏") :] != edited[edited.index("┏") :]
