@@ -12,9 +12,7 @@ tenth of the training.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -22,21 +20,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from widthwise.verify.transfer.metrics import standard_error, transfers
+from widthwise.verify.transfer.metrics import curves, standard_error, transfers
 from widthwise.verify.transfer.results import Results
 
 Row = Mapping[float, float]
 """Loss by learning rate."""
 
 
-def read(entries: Iterable[Mapping[str, Any]], name: str, kind: str) -> dict[int, dict[int, Row]]:
-    """Of one parametrization, by width and seed; what diverged is infinite."""
-    found: dict[int, dict[int, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
-    for entry in entries:
-        if entry["parametrization"] == name:
-            loss = math.inf if entry[kind] is None else entry[kind]
-            found[entry["width"]][entry["seed"]][entry["lr"]] = loss
-    return found
+def read(entries: Iterable[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The entries, whose loss is to be of this kind."""
+    return [{**entry, "loss": entry[kind]} for entry in entries]
 
 
 def rates(entries: Iterable[Mapping[str, Any]]) -> list[float]:
@@ -74,10 +67,12 @@ def main() -> None:
     base = entries[0]["sizes"]["width"]
     best = {each.parametrization: each.best_lr for each in transfers(entries) if each.width == base}
     for kind, what in (("loss", "held out"), ("train_loss", "in training")):
-        mine, theirs = (read(entries, name, kind) for name in (options.one, options.other))
-        for width in sorted((mine.keys() & theirs.keys()) - {base}):
-            seeds = sorted(mine[width].keys() & theirs[width].keys())
-            pairs = [(mine[width][seed], theirs[width][seed]) for seed in seeds]
+        found = {(each.parametrization, each.width): each.by_seed for each in curves(read(entries, kind))}
+        for width in sorted({width for _, width in found} - {base}):
+            mine, theirs = (found.get((name, width), {}) for name in (options.one, options.other))
+            pairs = [(mine[seed], theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+            if not pairs:
+                continue
             at, to = (options.lr or best[name] for name in (options.one, options.other))
             moved = [one[at] - other[to] for one, other in pairs if at in one and to in other]
             lowest = [each for one, other in pairs for each in anew(one, other, options.own)]

@@ -62,12 +62,12 @@ class Run:
     training: Training
     data: str
     rules: str  # the hash of what the model is scaled by, so that other rules are other runs
-    lr_multipliers: Mapping[str, float] | None = None  # by role, at every width
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)  # by role, at every width
 
     @property
     def key(self) -> str:
         content = asdict(self)
-        if self.lr_multipliers is None:  # as results from before there were any
+        if not self.lr_multipliers:  # as results from before there were any
             del content["lr_multipliers"]
         for each in fields(Training):
             # A field that came later and is not given is left out, so that results from before it are known again; and
@@ -99,7 +99,7 @@ class Variant:
     parametrization: str | None = None
     fix: tuple[str, ...] = ()
     options: tuple[str, ...] = ()  # of the architecture, beside the sweep's
-    lr_multipliers: Mapping[str, float] | None = None
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,12 @@ class Sweep:
             self.training,
             self.data,
             _hash(request),
-            self._variant(name).lr_multipliers or None,
+            self._variant(name).lr_multipliers,
         )
 
     def _at_base(self, name: str) -> tuple[object, ...]:
         """What a parametrization is at the base width, where rules change nothing."""
-        return self._request(name).options, self._variant(name).lr_multipliers or None
+        return self._request(name).options, self._variant(name).lr_multipliers
 
     def _variant(self, name: str) -> Variant:
         return self.variants.get(name, Variant(preset=None if name in (STANDARD, DERIVED) else name))
@@ -285,7 +285,7 @@ def _check(sweep: Sweep, path: Path) -> None:
     if sweep.grids and all(grid.around is not None for grid in sweep.grids):
         raise DeriveError(f"{path}: no grid begins, as all of them wait for another", cure="give the base width one")
     for name, variant in sweep.variants.items():
-        if any(not 0 < each < math.inf for each in (variant.lr_multipliers or {}).values()):
+        if any(not 0 < each < math.inf for each in variant.lr_multipliers.values()):
             raise DeriveError(f"{path}: lr_multipliers of {name} must be positive numbers", cure="correct them")
     known = [DERIVED, STANDARD, *sweep.variants, *PRESETS]
     for name in sweep.parametrizations:

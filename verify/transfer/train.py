@@ -61,7 +61,7 @@ def skeleton(run: Run) -> nn.Module:
     if run.request.optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer that sweeps can train with", run.request.optimizer, list(OPTIMIZERS))
     roles = [rule.role for rule in generated(run.request, "parametrization").SCALING.rules]
-    for role in run.lr_multipliers or {}:
+    for role in run.lr_multipliers:
         if role not in roles:
             raise unknown_name("role", role, roles)
     models = generated(run.request, "model")

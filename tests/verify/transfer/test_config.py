@@ -188,7 +188,7 @@ def test_learning_rates_of_roles_that_there_are_not_and_of_no_size(tmp_path: Pat
 def pair(sweep: Sweep, width: int) -> tuple[Run, Run]:
     """One run with multipliers of learning rates, and the same without."""
     run = sweep.run("slow-mlp", width, 0.004, 0)
-    return run, replace(run, lr_multipliers=None)
+    return run, replace(run, lr_multipliers={})
 
 
 def test_a_preset_that_there_is_not(sweep: Sweep) -> None:

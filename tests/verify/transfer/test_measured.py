@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 from widthwise.codegen.request import Request
-from widthwise.verify.transfer.metrics import standard_error, transfers
+from widthwise.verify.transfer.metrics import curves, standard_error, transfers
 from widthwise.verify.transfer.results import Results
 from widthwise.verify.transfer.settings import check_comparable
 
@@ -70,10 +70,14 @@ def test_nowhere_worse_than_the_published_rules(name: str, ours: str) -> None:
     several."""
     rows = entries(name)
     found = {(each.parametrization, each.width): each for each in transfers(rows)}
+    by_seed = {(each.parametrization, each.width): each.by_seed for each in curves(rows)}
+    tuned = {which: found[which, 128].best_lr for which in (ours, PUBLISHED)}
     for width in WIDTHS:
         mine, theirs = (found[which, width] for which in (ours, PUBLISHED))
         assert mine.regret <= theirs.regret + 2 * math.hypot(known(mine.regret_error), known(theirs.regret_error))
-        here, there = (at(rows, which, width, found[which, 128].best_lr) for which in (ours, PUBLISHED))
+        here, there = (
+            {seed: row[lr] for seed, row in by_seed[which, width].items() if lr in row} for which, lr in tuned.items()
+        )
         differences = [here[seed] - there[seed] for seed in sorted(here.keys() & there.keys())]
         assert mean(differences) <= 2 * known(standard_error(differences))
 
@@ -81,16 +85,6 @@ def test_nowhere_worse_than_the_published_rules(name: str, ours: str) -> None:
 def known(error: float) -> float:
     """A standard error, or 0 of a single seed."""
     return 0.0 if math.isnan(error) else error
-
-
-def at(rows: list[dict[str, Any]], parametrization: str, width: int, lr: float) -> dict[int, float]:
-    """Losses by seed."""
-    point = parametrization, width, lr
-    return {
-        each["seed"]: math.inf if each["loss"] is None else each["loss"]
-        for each in rows
-        if (each["parametrization"], each["width"], each["lr"]) == point
-    }
 
 
 @pytest.mark.parametrize("name", ["heads-fixed-adamw", "head-dim-fixed-adamw"])
